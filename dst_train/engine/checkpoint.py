@@ -1,0 +1,205 @@
+"""Sharded checkpoints that are either whole and verified, or not there.
+
+Every rank writes its shards into a staging directory; after a barrier rank 0 writes a manifest with the size and sha256
+of each file, syncs, renames the directory and only then replaces the `latest` pointer. Loading trusts nothing but a
+manifest that verifies. All ranks must see the same file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+MANIFEST = "manifest.json"
+CLIENT_KEY = "dst_train"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or used; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A verified checkpoint on disk."""
+
+    tag: str
+    manifest: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. All methods are collective.
+
+    Args:
+        root: folder of checkpoints.
+        keep: newest ones kept, at least 2.
+        say: prints a line on rank 0.
+    """
+
+    def __init__(self, root: Path, *, keep: int, say: Callable[[str], None]) -> None:
+        self._root = root
+        self._keep = keep
+        self._say = say
+        self._rank = dist.get_rank()
+
+    def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any], facts: dict[str, Any]) -> str:
+        """Write the engine, every rank's random state and `state` as `step-XXXXXXXX`; `facts` go into the manifest."""
+        tag = f"step-{step:08d}"
+        if _broadcast(self._rank == 0 and _problem(self._root / tag) is None):
+            return tag  # this step is already safely on disk
+        staging = f"{tag}.partial"
+        if self._rank == 0:
+            shutil.rmtree(self._root / staging, ignore_errors=True)
+            shutil.rmtree(self._root / tag, ignore_errors=True)
+        dist.barrier()
+        client = {CLIENT_KEY: {"state": state, "random": _gather(_random_state())}}
+        engine.save_checkpoint(str(self._root), tag=staging, client_state=client, save_latest=False)
+        dist.barrier()
+        if self._rank == 0:
+            self._commit(tag, staging, {"step": step, "world_size": dist.get_world_size(), **facts})
+            self._prune()
+        dist.barrier()
+        return tag
+
+    def newest(self) -> Found | None:
+        """The newest checkpoint that verifies, or None when there is none at all.
+
+        Raises:
+            CheckpointError: on every rank, when there are checkpoints and none of them verifies.
+        """
+        tag, bad = None, []
+        if self._rank == 0:
+            for name in reversed(_tags(self._root)):
+                problem = _problem(self._root / name)
+                if problem is None:
+                    tag = name
+                    break
+                bad.append(f"{name}: {problem}")
+        tag, bad = _broadcast((tag, bad))
+        if tag is None and bad:
+            raise CheckpointError(f"no checkpoint under {self._root} can be used: {'; '.join(bad)}")
+        for line in bad:
+            self._say(f"checkpoint {line}; taking the one before")
+        return None if tag is None else Found(tag, json.loads((self._root / tag / MANIFEST).read_text()))
+
+    def load(self, engine: DeepSpeedEngine, found: Found) -> dict[str, Any]:
+        """Restore engine, buffers and this rank's random state; returns the `state` given to `save`.
+
+        Raises:
+            CheckpointError: it was written by another number of ranks.
+        """
+        wrote, now = found.manifest["world_size"], dist.get_world_size()
+        if wrote != now:
+            raise CheckpointError(
+                f"checkpoint {self._root / found.tag} was written by {wrote} ranks and this run has {now}; "
+                f"start it on {wrote} ranks"
+            )
+        path, client = engine.load_checkpoint(str(self._root), tag=found.tag)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed could not load {self._root / found.tag}")
+        _restore_random_state(client[CLIENT_KEY]["random"][self._rank])
+        return client[CLIENT_KEY]["state"]
+
+    def _commit(self, tag: str, staging: str, facts: dict[str, Any]) -> None:
+        folder = self._root / staging
+        files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        listed = {name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for name, p in files.items()}
+        for path in files.values():
+            _sync(path)
+        _write(folder / MANIFEST, json.dumps({**facts, "files": listed}, indent=1))
+        os.replace(folder, self._root / tag)
+        _sync(self._root)
+        _write(self._root / "latest", tag)
+
+    def _prune(self) -> None:
+        for name in _tags(self._root)[: -self._keep]:
+            try:
+                shutil.rmtree(self._root / name)
+            except OSError as error:  # a full or flaky disk must not end the training
+                self._say(f"could not remove the old checkpoint {name}: {error}")
+
+
+def _tags(root: Path) -> list[str]:
+    return sorted(p.name for p in root.glob("step-*") if p.is_dir() and not p.name.endswith(".partial"))
+
+
+def _problem(folder: Path) -> str | None:
+    """Why the checkpoint cannot be trusted, or None."""
+    if not folder.is_dir():
+        return "missing"
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"unreadable manifest ({error})"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{name} does not have the sha256 of the manifest"
+    return None
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _gather(value: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def _broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank: decisions that depend on the file system are taken once."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)

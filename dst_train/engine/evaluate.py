@@ -1,0 +1,35 @@
+"""Evaluation that every rank walks in step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from dst_train.data import EvalBatch
+
+
+@torch.no_grad()
+def evaluate(engine: DeepSpeedEngine, batches: Iterable[EvalBatch], dtype: torch.dtype) -> dict[str, float]:
+    """Mean cross-entropy and top-1 accuracy (0 to 1) over the valid samples of all ranks. Collective.
+
+    Every rank must get the same number of batches, as ZeRO 3 gathers parameters in each forward pass; padding is
+    marked in `valid` and does not count. dtype: of the inputs that the model expects.
+    """
+    was_training = engine.module.training
+    engine.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    for batch in batches:
+        targets, valid = batch.targets.to(engine.device), batch.valid.to(engine.device)
+        logits = engine(batch.inputs.to(engine.device, dtype)).float()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        totals[0] += losses[valid].sum()
+        totals[1] += (logits.argmax(1) == targets)[valid].sum()
+        totals[2] += valid.sum()
+    engine.train(was_training)
+    dist.all_reduce(totals)
+    loss, correct, count = totals.tolist()
+    return {"loss": loss / count, "accuracy": correct / count}

@@ -1,0 +1,48 @@
+"""Optimiser and learning rate of a job."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dst_train.job import BatchPlan, Job
+
+
+def build_optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD in two groups: matrices decay, vectors (biases, norms, scales) do not."""
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.dim() >= 2 else plain).append(parameter)
+    spec = job.optimizer
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": spec.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if spec.name == "sgd":
+        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+
+
+def learning_rate(job: Job, plan: BatchPlan, step: int) -> float:
+    """The rate of optimiser step `step` (from 1): linear warm-up from lr / warmup_steps, then cosine to min_lr or constant.
+
+    A pure function of the step, so that it needs no state in a checkpoint.
+    """
+    peak, floor, warmup = job.optimizer.lr, job.schedule.min_lr, plan.warmup_steps
+    if step <= warmup:
+        return peak * step / warmup
+    if job.schedule.name == "constant":
+        return peak
+    progress = (step - warmup - 1) / max(1, plan.total_steps - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
+    for group in groups:
+        group["lr"] = rate

@@ -1,0 +1,52 @@
+"""May this job continue that checkpoint? The differences, and which of them would change its meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Everything else shapes the weights, the order of samples or the schedules of the run being continued.
+MAY_CHANGE = (
+    "run_root",
+    "data.train.shards",
+    "data.eval",
+    "data.num_workers",
+    "data.max_bad_samples",
+    "data.cache_dir",
+    "train.max_skipped_steps",
+    "evaluate",
+    "checkpoint",
+    "monitor",
+    "deepspeed.zero_optimization.overlap_comm",
+    "deepspeed.zero_optimization.reduce_bucket_size",
+    "deepspeed.zero_optimization.allgather_bucket_size",
+)
+
+
+class JobChangedError(RuntimeError):
+    """The job differs from that of the checkpoint in a way that would change what the checkpoint means."""
+
+
+def check_job(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """The differences that are allowed, as `key: old -> new`, from the canonical forms of two jobs.
+
+    Raises:
+        JobChangedError: naming every difference that is not.
+    """
+    allowed, refused = [], []
+    for key, old, new in _differences(saved, current, ""):
+        free = any(key == prefix or key.startswith(prefix + ".") for prefix in MAY_CHANGE)
+        (allowed if free else refused).append(f"{key}: {old!r} -> {new!r}")
+    if refused:
+        raise JobChangedError(
+            "the job is not the one that wrote the checkpoint: " + "; ".join(refused) + ". Change it back, or give the job another name"
+        )
+    return allowed
+
+
+def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(set(old) | set(new)):
+            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if old == new else [(path, old, new)]

@@ -1,0 +1,83 @@
+"""Everything a rank holds while it trains: the process group, the model, the DeepSpeed engine and the topology."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from dataclasses import dataclass
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+import dst_train.engine.params  # noqa: F401  (registers the DeepSpeed editor that Topology.bind looks up)
+from dst_train import models
+from dst_train.engine.config import compile_config
+from dst_train.engine.optim import build_optimizer
+from dst_train.job import BatchPlan, Job
+from dst_train.sparse import SparsityReport, sparsify
+from dst_train.topology import Topology
+
+
+@dataclass(frozen=True)
+class Session:
+    engine: DeepSpeedEngine
+    topology: Topology
+    report: SparsityReport
+    input_dtype: torch.dtype
+
+
+def start_distributed() -> tuple[int, int]:
+    """Join the ranks that the launcher started (or be the only one); returns (rank, world_size)."""
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:  # python launch/train.py, without a launcher
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        if get_accelerator().device_name() == "cpu":
+            # Used by inference only, and would be compiled for most of a minute inside init_distributed.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def build_session(job: Job, plan: BatchPlan) -> Session:
+    """Model, sparse layers, optimiser, engine and topology of a job. Collective; the same on every rank."""
+    model = models.build(job.model, seed=job.seed)
+    if job.sparsity is None:
+        parameters = sum(p.numel() for p in model.parameters())
+        report = SparsityReport((), parameters, parameters)
+    else:
+        report = sparsify(model, job.sparsity.rules, budget=job.sparsity.budget, seed=job.seed)
+    optimizer = build_optimizer(job, model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=compile_config(job, plan))
+    topology = Topology(
+        engine.module,
+        method=job.topology.method if report.layers else "static",
+        total_steps=plan.total_steps,
+        every=job.topology.update.every,
+        until=job.topology.update.until,
+        drop_fraction=job.topology.drop_fraction,
+        grow_signal=job.topology.grow_signal,
+        seed=job.seed,
+        accumulation=plan.accumulation,
+    ).bind(engine)
+    _seed(job.seed, dist.get_rank())
+    return Session(engine, topology, report, torch.bfloat16 if job.train.precision == "bf16_params" else torch.float32)
+
+
+def _seed(seed: int, rank: int) -> None:
+    """Dropout and the like: a stream of its own for each rank."""
+    value = (seed * 1_000_003 + rank) % 2**32
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,170 @@
+"""The training loop. Step order: forward and backward per micro-batch (growth signal inside), clip, optimiser, topology."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from dst_train import data
+from dst_train.data import Batch
+from dst_train.engine.evaluate import evaluate
+from dst_train.engine.optim import learning_rate, set_learning_rate
+from dst_train.engine.session import Session
+from dst_train.job import BatchPlan, Job
+from dst_train.monitor import Monitor
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients are not finite and the job's policy does not allow (more) skipped steps."""
+
+
+class Trainer:
+    """Runs the steps of a job on this rank.
+
+    Args:
+        save: called with the step after which a checkpoint is due. Collective.
+        stop_requested: whether this rank was asked to stop (a signal); the ranks agree at the step boundary.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        plan: BatchPlan,
+        session: Session,
+        monitor: Monitor,
+        *,
+        save: Callable[[int], None],
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self._job = job
+        self._plan = plan
+        self._session = session
+        self._engine = session.engine
+        self._monitor = monitor
+        self._save = save
+        self._stop_requested = stop_requested
+        self.step = 0
+        self.bad_samples = 0
+        self._skipped_in_a_row = 0
+        self.skipped = 0
+        self.last_evaluation: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "bad_samples": self.bad_samples, "skipped": self.skipped, "row": self._skipped_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.bad_samples = state["step"], state["bad_samples"]
+        self.skipped, self._skipped_in_a_row = state["skipped"], state["row"]
+
+    def fit(self, stop_at: int) -> bool:
+        """Train up to optimiser step `stop_at`; returns False when a stop was requested before.
+
+        Every step that ends here for good, by `stop_at` or by request, leaves a checkpoint.
+        """
+        job, plan = self._job, self._plan
+        batches = data.train_loader(job, plan, rank=dist.get_rank(), start_step=self.step)
+        every_steps, eval_steps = job.checkpoint.every_steps, job.evaluate.every_epochs * plan.steps_per_epoch
+        window_started, window_steps = time.perf_counter(), 0
+        stopped = False
+        while self.step < stop_at and not stopped:
+            metrics, stopped = self._optimizer_step(batches)
+            window_steps += 1
+            if self.step % job.monitor.every_steps == 0 or self.step == stop_at or stopped:
+                seconds = (time.perf_counter() - window_started) / window_steps
+                self._log(metrics, seconds)
+                window_started, window_steps = time.perf_counter(), 0
+            paused = time.perf_counter()
+            if self.step % eval_steps == 0 or self.step == plan.total_steps:
+                self.evaluate()
+            if self.step % every_steps == 0 or self.step == stop_at or stopped:
+                self._save(self.step)
+            window_started += time.perf_counter() - paused
+        return not stopped
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on data.eval; nothing when the job has none. Collective."""
+        if self._job.data.eval is not None:
+            batches = data.eval_loader(self._job, self._plan, rank=dist.get_rank())
+            self.last_evaluation = evaluate(self._engine, batches, self._session.input_dtype)
+            self._monitor.evaluation(self.step, scalars={f"eval/{k}": v for k, v in self.last_evaluation.items()})
+        return self.last_evaluation
+
+    def _optimizer_step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], bool]:
+        """One optimiser step over all micro-batches; returns the metrics over all ranks and whether any rank must stop."""
+        engine = self._engine
+        rate = learning_rate(self._job, self._plan, self.step + 1)
+        set_learning_rate(engine.optimizer.param_groups, rate)
+        totals = torch.zeros(4, dtype=torch.float64, device=engine.device)  # loss, correct, samples, replaced samples
+        for micro in range(self._plan.accumulation):
+            batch = next(batches)
+            targets = batch.targets.to(engine.device)
+            logits = engine(batch.inputs.to(engine.device, self._session.input_dtype)).float()
+            loss = F.cross_entropy(logits, targets, label_smoothing=self._job.train.label_smoothing)
+            totals[0] += loss.detach() * len(targets)
+            totals[1] += (logits.detach().argmax(1) == targets).sum()
+            totals[2] += len(targets)
+            totals[3] += batch.replaced
+            engine.backward(loss)
+            if micro == self._plan.accumulation - 1:
+                metrics, stop = self._reduce(totals, rate)
+                self._refuse_non_finite_at_stage_0(metrics["train/loss"])
+            engine.step()
+        self.step += 1
+        applied = engine.was_step_applied()
+        self._count_skipped(applied, metrics["train/loss"])
+        metrics["train/grad_norm"] = _as_float(engine.get_global_grad_norm())
+        update = self._session.topology.step(applied)
+        if update is not None:
+            self._monitor.topology(update, self._session.report)
+        return metrics, stop
+
+    def _reduce(self, totals: torch.Tensor, rate: float) -> tuple[dict[str, float], bool]:
+        """One small all-reduce a step carries metrics and flags; DeepSpeed's overflow check waits for the device anyway."""
+        stop = torch.tensor([float(self._stop_requested())], dtype=torch.float64, device=totals.device)
+        reduced = torch.cat([totals, stop])
+        dist.all_reduce(reduced)
+        loss, correct, count, replaced, stops = reduced.tolist()
+        self.bad_samples += int(replaced)
+        if self.bad_samples > self._job.data.max_bad_samples:
+            raise data.DataError(
+                f"{self.bad_samples} samples could not be decoded, data.max_bad_samples allows {self._job.data.max_bad_samples}"
+            )
+        metrics = {"train/loss": loss / count, "train/accuracy": correct / count, "train/lr": rate}
+        if self.bad_samples:
+            metrics["train/bad_samples"] = float(self.bad_samples)
+        return metrics, stops > 0
+
+    def _refuse_non_finite_at_stage_0(self, loss: float) -> None:
+        # Without ZeRO nothing stands between a bad gradient and the weights: stop before they are written.
+        if self._engine.zero_optimization_stage() == 0 and not math.isfinite(loss):
+            raise NonFiniteError(f"step {self.step + 1}: the loss is {loss}")
+
+    def _count_skipped(self, applied: bool, loss: float) -> None:
+        if applied and math.isfinite(loss):
+            self._skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        allowed = self._job.train.max_skipped_steps
+        what = f"step {self.step}: loss {loss}, {'applied' if applied else 'skipped because of a non-finite gradient'}"
+        if applied or self._skipped_in_a_row > allowed:
+            raise NonFiniteError(f"{what}; {self._skipped_in_a_row} in a row, train.max_skipped_steps allows {allowed}")
+        self._monitor.message(f"{what} ({self._skipped_in_a_row} in a row of at most {allowed})")
+
+    def _log(self, metrics: dict[str, float], seconds: float) -> None:
+        speed = {"train/step_seconds": seconds, "train/samples_per_second": self._plan.batch_size / seconds}
+        if self.skipped:
+            speed["train/skipped_steps"] = float(self.skipped)
+        finite = {k: v for k, v in {**metrics, **speed}.items() if not math.isnan(v)}
+        self._monitor.step(self.step, scalars=finite)
+
+
+def _as_float(value: Any) -> float:
+    """The gradient norm before clipping; NaN where DeepSpeed does not compute one (stage 0)."""
+    return math.nan if value is None else float(value)

@@ -1,0 +1,186 @@
+"""The declarative job: what a YAML file may say. Every level is strict; units are in the field descriptions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class TimmModel(Strict):
+    builder: Literal["timm"]
+    name: str
+    """A model name of `timm.list_models()`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of `timm.create_model`."""
+
+
+class MLPModel(Strict):
+    builder: Literal["mlp"]
+    in_features: Positive
+    """Features of a flattened sample."""
+    hidden_features: Annotated[list[Positive], Field(min_length=1)]
+    num_classes: Positive
+
+
+Model = Annotated[TimmModel | MLPModel, Field(discriminator="builder")]
+
+
+class Rule(Strict):
+    match: str
+    """Glob over module names, for example `blocks.*.mlp.fc*`. The last rule that matches a layer wins."""
+    pattern: Literal["diagonal"] = "diagonal"
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None
+    """Share of weights that are absent; null keeps the layer dense."""
+    band: Positive = 1
+    """Adjacent diagonals chosen as one unit; must divide max(in_features, out_features)."""
+
+
+class Sparsity(Strict):
+    budget: Literal["uniform", "erk", "compute_fraction"] = "uniform"
+    """How the parameters that the rules leave are shared out over their layers."""
+    rules: Annotated[list[Rule], Field(min_length=1)]
+
+
+class Update(Strict):
+    every: Positive = 100
+    """Optimiser steps between topology updates."""
+    until: Fraction = 0.75
+    """Share of the training after which the topology is frozen."""
+
+
+class Topology(Strict):
+    method: Literal["static", "set", "rigl"] = "rigl"
+    update: Update = Update()
+    drop_fraction: Fraction = 0.3
+    """Share of the active units replaced at the first update; decays to 0 by cosine."""
+    grow_signal: Literal["exact", "local"] = "exact"
+    """`exact`: |mean gradient over ranks|, the same topology on any number of ranks. `local`: mean over ranks of |gradient|, cheaper."""
+
+
+class Split(Strict):
+    shards: str
+    """WebDataset tar shards, with brace ranges and ${ENV}: `${DATA}/train-{000000..000007}.tar`."""
+    samples: Positive
+    """Samples in all shards together."""
+    transform: Literal["digits", "imagenet_train", "imagenet_eval"]
+
+
+class Data(Strict):
+    train: Split
+    eval: Split | None = None
+    num_workers: Count = 0
+    """Loader processes per rank."""
+    max_bad_samples: Count = 0
+    """Undecodable samples that may be replaced by their successor, per rank and run, before the job fails."""
+    cache_dir: str | None = None
+    """Where remote shards are kept."""
+
+
+class Train(Strict):
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    """Optimiser steps; give either `epochs` or `steps`."""
+    batch_size: Positive
+    """Global: samples per optimiser step over all ranks."""
+    micro_batch_size: Positive
+    """Samples per forward pass on one rank."""
+    precision: Literal["fp32", "bf16", "bf16_params"] = "bf16"
+    """`bf16`: autocast, parameters and optimiser in fp32. `bf16_params`: bf16 parameters with fp32 masters (ZeRO 1 to 3)."""
+    clip_grad_norm: Annotated[float, Field(gt=0.0)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    max_skipped_steps: Count = 0
+    """Steps with a non-finite loss or gradient that may be skipped in a row before the job fails."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"give exactly one of epochs and steps, got epochs={self.epochs}, steps={self.steps}")
+        return self
+
+
+class Optimizer(Strict):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0.0)]
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Applied to matrices only; biases, norms and other vectors are not decayed."""
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """For sgd."""
+
+
+class Schedule(Strict):
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class ZeroOptimization(Strict):
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    overlap_comm: bool | None = None
+    reduce_bucket_size: Positive | None = None
+    allgather_bucket_size: Positive | None = None
+    stage3_param_persistence_threshold: Count | None = None
+    """Parameters up to this many elements stay whole on every rank (DeepSpeed's default when absent)."""
+
+
+class DeepSpeed(Strict):
+    zero_optimization: ZeroOptimization = ZeroOptimization()
+
+
+class Evaluate(Strict):
+    every_epochs: Positive = 1
+    """Evaluation also runs once at the end."""
+
+
+class Checkpoint(Strict):
+    every_steps: Positive = 1000
+    """A checkpoint is also written at the end."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """Newest checkpoints kept; at least 2, so that a damaged one is never the only one."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues a run directory that has a checkpoint; `never` refuses to touch one."""
+
+
+class Monitor(Strict):
+    tensorboard: bool = True
+    every_steps: Positive = 50
+    """Steps between log lines and scalars."""
+
+
+class Job(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run directory."""
+    seed: Count = 0
+    run_root: str = "runs"
+    """Folder of run directories."""
+    model: Model
+    sparsity: Sparsity | None = None
+    """Absent or null: the model stays dense."""
+    topology: Topology = Topology()
+    data: Data
+    train: Train
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    deepspeed: DeepSpeed = DeepSpeed()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    monitor: Monitor = Monitor()
+
+    @model_validator(mode="after")
+    def _precision_and_stage(self) -> Job:
+        if self.train.precision == "bf16_params" and self.deepspeed.zero_optimization.stage == 0:
+            raise ValueError(
+                "train.precision bf16_params with deepspeed.zero_optimization.stage 0 takes a false first optimiser step "
+                "in DeepSpeed; use stage 1, 2 or 3, or precision bf16"
+            )
+        return self

@@ -1,0 +1,17 @@
+"""Sparse layers, and the swap of a model's dense layers for them."""
+
+from dst_train.sparse.budget import BUDGETS, densities
+from dst_train.sparse.linear import DiagonalLinear
+from dst_train.sparse.report import LayerReport, SparsityReport
+from dst_train.sparse.sparsify import SparsityRule, sparse_layers, sparsify
+
+__all__ = [
+    "BUDGETS",
+    "DiagonalLinear",
+    "LayerReport",
+    "SparsityReport",
+    "SparsityRule",
+    "densities",
+    "sparse_layers",
+    "sparsify",
+]

@@ -1,0 +1,54 @@
+"""What sparsify() did, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One replaced layer. Counts of parameters include the bias."""
+
+    name: str
+    in_features: int
+    out_features: int
+    pattern: str
+    band: int
+    num_active: int
+    num_units: int
+    target_sparsity: float
+    parameters: int
+    dense_parameters: int
+
+    @property
+    def density(self) -> float:
+        return self.num_active / self.num_units
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """The replaced layers in the order of the model, and the parameters of the whole model before and after."""
+
+    layers: tuple[LayerReport, ...]
+    parameters: int
+    dense_parameters: int
+
+    @property
+    def density(self) -> float:
+        """Weights present in the replaced layers over the weights they had when dense (1.0 without such layers)."""
+        present = sum(r.density * r.in_features * r.out_features for r in self.layers)
+        total = sum(r.in_features * r.out_features for r in self.layers)
+        return present / total if total else 1.0
+
+    def __str__(self) -> str:
+        width = max([len("layer"), *(len(r.name) for r in self.layers)])
+        lines = [f"{'layer':<{width}}  {'out x in':>13}  {'pattern':>12}  {'units':>11}  {'density':>7}  {'parameters':>10}"]
+        for r in self.layers:
+            shape, units = f"{r.out_features} x {r.in_features}", f"{r.num_active} / {r.num_units}"
+            pattern = r.pattern if r.band == 1 else f"{r.pattern} w={r.band}"
+            lines.append(f"{r.name:<{width}}  {shape:>13}  {pattern:>12}  {units:>11}  {r.density:>7.4f}  {r.parameters:>10,}")
+        lines.append(
+            f"model: {self.parameters:,} parameters, {self.dense_parameters:,} when dense; "
+            f"density of the sparse layers {self.density:.4f}"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""sparsify(): swap the linear layers of any model for sparse ones, by rules over module names."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dst_train.sparse.budget import densities
+from dst_train.sparse.linear import DiagonalLinear
+from dst_train.sparse.report import LayerReport, SparsityReport
+
+
+@dataclass(frozen=True)
+class SparsityRule:
+    """`match`: glob over module names. `sparsity`: share of absent weights in [0, 1), or None to keep the layer dense."""
+
+    match: str
+    sparsity: float | None
+    pattern: str = "diagonal"
+    band: int = 1
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A layer that can be replaced; weight is [out_features, in_features]."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+
+
+def sparse_layers(model: nn.Module) -> dict[str, DiagonalLinear]:
+    """The sparse layers of a model by name, in the order of `named_modules()`."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, DiagonalLinear)}
+
+
+def sparsify(
+    model: nn.Module, rules: Sequence[Any], *, budget: str = "uniform", seed: int = 0
+) -> SparsityReport:
+    """Replace `nn.Linear` (and Hugging Face `Conv1D`) modules of `model` in place.
+
+    For each layer the last rule whose glob matches its name decides. The values start from the layer's own dense
+    initialisation (see `DiagonalLinear.load_dense_init`); a trained layer is *not* approximated.
+
+    Args:
+        rules: SparsityRule, or mappings or objects with the same keys (`{"match": "*.mlp.*", "sparsity": 0.9}`).
+        budget: see `dst_train.sparse.densities`.
+        seed: the first offsets are a pure function of (seed, position of the layer in the model).
+
+    Raises:
+        ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band that does not
+            divide a layer, a weight that two modules share, or sparsity outside [0, 1).
+    """
+    parsed = [_parse(rule) for rule in rules]
+    dense = _replaceable(model)
+    chosen = _assign(parsed, dense, model)
+    density = densities(
+        budget, [tuple(layer.weight.shape) for layer, _ in chosen], [1.0 - rule.sparsity for _, rule in chosen]  # type: ignore[operator, misc]
+    )
+    dense_parameters = sum(p.numel() for p in model.parameters())
+    built = [_build(i, layer, rule, d, seed) for i, ((layer, rule), d) in enumerate(zip(chosen, density, strict=True))]
+    for report, module in built:
+        parent, _, child = report.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return SparsityReport(tuple(r for r, _ in built), sum(p.numel() for p in model.parameters()), dense_parameters)
+
+
+def _parse(rule: Any) -> SparsityRule:
+    names = [f.name for f in fields(SparsityRule)]
+    if isinstance(rule, Mapping):
+        unknown = sorted(set(rule) - set(names))
+        if unknown or "match" not in rule or "sparsity" not in rule:
+            raise ValueError(f"rule {dict(rule)}: needs match and sparsity, and knows only {', '.join(names)}")
+        rule = SparsityRule(**rule)
+    else:
+        rule = SparsityRule(**{name: getattr(rule, name) for name in names})
+    if rule.pattern != "diagonal":
+        raise ValueError(f"rule {rule.match!r}: pattern {rule.pattern!r} is unknown; the only one so far is diagonal")
+    if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:
+        raise ValueError(f"rule {rule.match!r}: sparsity {rule.sparsity} must be in [0, 1), or null to stay dense")
+    return rule
+
+
+def _replaceable(model: nn.Module) -> dict[str, _Dense]:
+    found = {}
+    for name, module in model.named_modules():
+        # Exactly nn.Linear: subclasses such as the out_proj of nn.MultiheadAttention are read by their weight, not called.
+        if type(module) is nn.Linear:
+            found[name] = _Dense(name, module.weight, module.bias)
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            found[name] = _Dense(name, module.weight.t(), module.bias)  # type: ignore[operator, arg-type]
+    return found
+
+
+def _assign(
+    rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Module
+) -> list[tuple[_Dense, SparsityRule]]:
+    for rule in rules:
+        if not any(fnmatchcase(name, rule.match) for name in dense):
+            near = difflib.get_close_matches(rule.match, list(dense), n=3, cutoff=0.0)
+            raise ValueError(f"rule {rule.match!r} matches no linear layer of the model; it has, for example, {', '.join(near)}")
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    chosen = []
+    for name, layer in dense.items():
+        last = next((rule for rule in reversed(rules) if fnmatchcase(name, rule.match)), None)
+        if last is None or last.sparsity is None:
+            continue
+        weight = model.get_parameter(f"{name}.weight")
+        if owners[id(weight)] > 1:
+            raise ValueError(f"layer {name} shares its weight with another module; keep it dense: add a rule with sparsity: null")
+        chosen.append((layer, last))
+    return chosen
+
+
+def _build(index: int, layer: _Dense, rule: SparsityRule, density: float, seed: int) -> tuple[LayerReport, DiagonalLinear]:
+    out_features, in_features = layer.weight.shape
+    try:
+        # The constructor's own draw from the global generator is overwritten below: leave no trace of it.
+        with torch.random.fork_rng(devices=[]):
+            module = DiagonalLinear(
+                in_features,
+                out_features,
+                sparsity=max(0.0, 1.0 - density),
+                band=rule.band,
+                bias=layer.bias is not None,
+                generator=torch.Generator().manual_seed(_layer_seed(seed, index)),
+                device=layer.weight.device,
+                dtype=layer.weight.dtype,
+            )
+    except ValueError as error:
+        raise ValueError(f"layer {layer.name} (rule {rule.match!r}): {error}") from error
+    module.load_dense_init(layer.weight, layer.bias)
+    bias = 0 if layer.bias is None else layer.bias.numel()
+    report = LayerReport(
+        name=layer.name,
+        in_features=in_features,
+        out_features=out_features,
+        pattern=rule.pattern,
+        band=rule.band,
+        num_active=module.num_active,
+        num_units=module.num_units,
+        target_sparsity=1.0 - density,
+        parameters=sum(p.numel() for p in module.parameters()),
+        dense_parameters=layer.weight.numel() + bias,
+    )
+    return report, module
+
+
+def _layer_seed(seed: int, index: int) -> int:
+    return (seed * 1_000_003 + index) % 2**63

@@ -1,0 +1,108 @@
+"""The growth signal: how large the gradient of each absent unit would be, measured during one optimiser step."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import dst_ops
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dst_train.sparse import DiagonalLinear
+from dst_train.topology.ranks import Ranks
+
+
+class GrowthSignal:
+    """Scores all candidate units of all layers while a step's backward passes run.
+
+    `exact`: score = mean over the unit's entries of |gradient summed over micro-batches and ranks|, the same on any
+    number of ranks (RigL, Evci et al. 2020, takes the absolute value after the reduction as well). The dense gradient
+    of one layer exists in blocks of rows only; with gradient accumulation its signed sum must outlive a micro-batch,
+    and one fp32 [out_features, in_features] matrix per layer is held until the last one.
+    `local`: sum over micro-batches and ranks of the |gradient| of each; cheaper, and depends on how the batch is cut.
+    """
+
+    def __init__(self, layers: dict[str, DiagonalLinear], ranks: Ranks, *, accumulation: int, exact: bool) -> None:
+        self._layers = layers
+        self._ranks = ranks
+        self._accumulation = accumulation
+        self._exact = exact
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor] = {}
+
+    @property
+    def active(self) -> bool:
+        return bool(self._handles)
+
+    def start(self) -> None:
+        """Measure from the next forward pass on."""
+        self.stop()
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(partial(self._on_forward, name)))
+
+    def stop(self) -> None:
+        """Stop measuring and forget what was measured."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._seen.clear()
+        self._sums.clear()
+        self._scores.clear()
+
+    def take(self) -> dict[str, Tensor]:
+        """This rank's share of the scores, float64 [num_units] by layer; ranks sum to the whole. Stops measuring.
+
+        Raises:
+            RuntimeError: a layer took no part in some micro-batch of the step.
+        """
+        for name in self._layers:
+            if self._seen.get(name, 0) != self._accumulation:
+                raise RuntimeError(
+                    f"layer {name} received a gradient in {self._seen.get(name, 0)} of {self._accumulation} micro-batches "
+                    "of an update step; every sparse layer must take part in the loss (keep unused or frozen layers dense)"
+                )
+        # The reduced scores are equal on all ranks up to the order of atomic adds on a GPU; the share makes them equal.
+        share = self._ranks.world_size if self._exact else 1
+        scores = {name: self._scores[name].double() / share for name in self._layers}
+        self.stop()
+        return scores
+
+    def _on_forward(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(self._on_gradient, name, args[0].detach()))
+
+    @torch.no_grad()
+    def _on_gradient(self, name: str, x: Tensor, dy: Tensor) -> None:
+        layer = self._layers[name]
+        seen = self._seen[name] = self._seen.get(name, 0) + 1
+        if seen > self._accumulation:
+            raise RuntimeError(
+                f"layer {name} was called more than once in a micro-batch (or there were more than "
+                f"{self._accumulation} micro-batches in a step); a shared layer cannot be dynamically sparse: keep it dense"
+            )
+        x2, dy2 = x.reshape(-1, layer.in_features), dy.reshape(-1, layer.out_features)
+        if not self._exact:
+            scores = self._score(layer, x2, dy2, None)
+            self._scores[name] = self._scores[name] + scores if seen > 1 else scores
+        elif seen < self._accumulation:
+            if seen == 1:
+                self._sums[name] = torch.zeros(layer.out_features, layer.in_features, device=x.device)
+            self._sums[name].addmm_(dy2.float().t(), x2.float())
+        else:
+            held = self._sums.pop(name, None)
+            self._scores[name] = self._score(layer, x2, dy2, partial(self._reduce, held))
+
+    def _reduce(self, held: Tensor | None, block: Tensor, first_row: int) -> Tensor:
+        if held is not None:
+            block += held[first_row : first_row + block.shape[0]]
+        return self._ranks.sum_(block)
+
+    @staticmethod
+    def _score(layer: DiagonalLinear, x: Tensor, dy: Tensor, reduce: Any) -> Tensor:
+        return dst_ops.diagonal_scores(
+            x, dy, out_features=layer.out_features, in_features=layer.in_features, band=layer.band, reduce=reduce
+        )

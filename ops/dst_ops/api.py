@@ -1,0 +1,165 @@
+"""The public functions: validation, autocast, and the dense gradient's score per candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dst_ops import reference, registration  # noqa: F401  (registers torch.ops.dst_ops)
+from dst_ops.build import load
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCORE_BLOCK = 2**21  # elements of dW held at once: 8 MiB in fp32
+
+
+def diagonal_linear(
+    x: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    in_features: int,
+    band: int = 1,
+) -> Tensor:
+    """`y = x W^T + bias` for a diagonally sparse W of shape [out_features, in_features] that is never stored.
+
+    With P = max(out_features, in_features) and L = min(...), entry l of candidate diagonal o in [0, P) is at row
+    (l + o) mod out_features, column l if out_features >= in_features, else at row l, column (l + o) mod in_features
+    (DynaDiag, arXiv 2506.11449, in the indexing of its released code). Sums are taken in fp32 (fp64 for fp64).
+
+    Args:
+        x: [..., in_features]; float32, bfloat16, float16 or float64. Inside autocast all inputs are cast to its dtype.
+        values: [U * band, L], dtype and device of x; row u * band + i belongs to candidate offsets[u] * band + i.
+        offsets: int32 [U]; distinct units in [0, P / band), in any order.
+        bias: [out_features] or None, dtype of x.
+        band: adjacent diagonals per unit; divides P.
+
+    Returns:
+        y: [..., out_features] in the dtype of x, contiguous.
+
+    Raises:
+        ValueError: naming the argument, its value and what was expected. Values of offsets are checked in eager mode
+            on the CPU; a traced program relies on the kernel's own bounds check (RuntimeError).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, values = x.to(dtype), values.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check_offsets(offsets, out_features, in_features, band)
+    _check(x.dtype in DTYPES, "x", f"dtype {x.dtype}", "float32, bfloat16, float16 or float64")
+    _check(x.dim() >= 1 and x.shape[-1] == in_features, "x", f"shape {tuple(x.shape)}", f"[..., in_features={in_features}]")
+    expected = (offsets.shape[0] * band, min(out_features, in_features))
+    _check(tuple(values.shape) == expected, "values", f"shape {tuple(values.shape)}", f"{expected}")
+    _check(values.dtype == x.dtype, "values", f"dtype {values.dtype}", f"the dtype of x, {x.dtype} (or autocast)")
+    _check(values.device == x.device, "values", f"device {values.device}", f"the device of x, {x.device}")
+    _check(offsets.device == x.device, "offsets", f"device {offsets.device}", f"the device of x, {x.device}")
+    if bias is not None:
+        _check(tuple(bias.shape) == (out_features,), "bias", f"shape {tuple(bias.shape)}", f"({out_features},)")
+        _check(bias.dtype == x.dtype, "bias", f"dtype {bias.dtype}", f"the dtype of x, {x.dtype}")
+        _check(bias.device == x.device, "bias", f"device {bias.device}", f"the device of x, {x.device}")
+    load()
+    return torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
+
+
+def to_dense(values: Tensor, offsets: Tensor, *, out_features: int, in_features: int, band: int = 1) -> Tensor:
+    """The weight as [out_features, in_features], in the dtype of values; differentiable. Errors as `diagonal_linear`."""
+    _check_offsets(offsets, out_features, in_features, band)
+    expected = (offsets.shape[0] * band, min(out_features, in_features))
+    _check(tuple(values.shape) == expected, "values", f"shape {tuple(values.shape)}", f"{expected}")
+    return reference.to_dense(values, offsets, out_features, in_features, band)
+
+
+def from_dense(weight: Tensor, offsets: Tensor, *, band: int = 1) -> Tensor:
+    """The values [U * band, L] of the given diagonals of a dense weight [out_features, in_features]; differentiable."""
+    _check(weight.dim() == 2, "weight", f"shape {tuple(weight.shape)}", "[out_features, in_features]")
+    _check_offsets(offsets, weight.shape[0], weight.shape[1], band)
+    rows, columns = reference.positions(offsets, weight.shape[0], weight.shape[1], band)
+    return weight[rows, columns]
+
+
+@torch.no_grad()
+def diagonal_scores(
+    x: Tensor,
+    dy: Tensor,
+    *,
+    out_features: int,
+    in_features: int,
+    band: int = 1,
+    reduce: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """Mean |dW| over the entries of each unit, where dW = dy^T x is the dense weight's gradient.
+
+    dW is computed in fp32 in blocks of rows of at most 8 MiB (or one row) and never held as a whole.
+
+    Args:
+        x: [..., in_features]. dy: [..., out_features], same leading shape and device.
+        reduce: called with each block dW[first_row : first_row + rows] (fp32, contiguous, may be changed in place) and
+            first_row, before the absolute value; returns the block to use, for example summed over ranks. The cut into
+            blocks depends on out_features and in_features only, so that it is the same on all ranks.
+
+    Returns:
+        float32 [P / band].
+
+    Raises:
+        ValueError: as `diagonal_linear`.
+    """
+    _check_band(out_features, in_features, band)
+    _check(x.shape[-1:] == (in_features,), "x", f"shape {tuple(x.shape)}", f"[..., in_features={in_features}]")
+    expected = (*x.shape[:-1], out_features)
+    _check(tuple(dy.shape) == expected, "dy", f"shape {tuple(dy.shape)}", f"{expected}")
+    _check(dy.device == x.device, "dy", f"device {dy.device}", f"the device of x, {x.device}")
+    x32, dy32 = x.reshape(-1, in_features).float(), dy.reshape(-1, out_features).float()
+    block_rows = max(1, min(out_features, in_features, SCORE_BLOCK // in_features))
+    sums = x32.new_zeros(max(out_features, in_features))
+    with torch.autocast(x.device.type, enabled=False):
+        for first in range(0, out_features, block_rows):
+            block = dy32[:, first : first + block_rows].t() @ x32
+            if reduce is not None:
+                block = reduce(block, first)
+            _add_diagonal_sums(sums, block.abs(), first, out_features, in_features)
+    return sums.view(-1, band).sum(1) / (band * min(out_features, in_features))
+
+
+def _add_diagonal_sums(sums: Tensor, block: Tensor, first_row: int, out_features: int, in_features: int) -> None:
+    """Add the sum over each candidate diagonal of rows first_row ... of a matrix to sums [P].
+
+    Row a of the block is written shifted by rows - 1 - a into a zero buffer, so that a diagonal becomes a column.
+    """
+    rows, columns = block.shape
+    width = rows + columns - 1
+    buffer = block.new_zeros(rows * width)
+    buffer.as_strided((rows, columns), (width - 1, 1), rows - 1).copy_(block)
+    shift = torch.arange(width, device=block.device) - (rows - 1) - first_row  # column - row
+    candidate = -shift % out_features if out_features >= in_features else shift % in_features
+    sums.index_add_(0, candidate, buffer.view(rows, width).sum(0))
+
+
+def _check(ok: bool, argument: str, got: str, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{argument}: {got}, expected {expected}")
+
+
+def _check_band(out_features: int, in_features: int, band: int) -> None:
+    _check(out_features >= 1, "out_features", str(out_features), "at least 1")
+    _check(in_features >= 1, "in_features", str(in_features), "at least 1")
+    candidates = max(out_features, in_features)
+    _check(band >= 1 and candidates % band == 0, "band", str(band), f"a divisor of max(out_features, in_features) = {candidates}")
+
+
+def _check_offsets(offsets: Tensor, out_features: int, in_features: int, band: int) -> None:
+    _check_band(out_features, in_features, band)
+    units = max(out_features, in_features) // band
+    _check(offsets.dtype == torch.int32, "offsets", f"dtype {offsets.dtype}", "int32")
+    _check(offsets.dim() == 1 and 1 <= offsets.shape[0] <= units, "offsets", f"shape {tuple(offsets.shape)}", f"[1 to {units}]")
+    if torch.compiler.is_compiling() or type(offsets) is not Tensor or offsets.device.type != "cpu":
+        return  # the numbers are not there yet, or reading them would wait for the device
+    numbers = offsets.tolist()
+    _check(min(numbers) >= 0 and max(numbers) < units, "offsets", f"range {min(numbers)} to {max(numbers)}", f"0 to {units - 1}")
+    _check(len(set(numbers)) == len(numbers), "offsets", f"repeated units {_repeated(numbers)}", "distinct units")
+
+
+def _repeated(numbers: list[int]) -> list[int]:
+    return sorted({n for n in numbers if numbers.count(n) > 1})

@@ -1,0 +1,56 @@
+"""The definition of the op in plain PyTorch: the fallback on any device, and what the kernels must equal.
+
+W has out_features = M rows and in_features = N columns; P = max(M, N) candidate diagonals of length L = min(M, N).
+Entry l of candidate o sits at row (l + o) mod M, column l if M >= N, and at row l, column (l + o) mod N otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def candidates(offsets: Tensor, band: int) -> Tensor:
+    """Unit numbers [U] -> candidate diagonals [U * band], int64: unit u is u * band ... (u + 1) * band - 1."""
+    return (offsets.long()[:, None] * band + torch.arange(band, device=offsets.device)).flatten()
+
+
+def positions(offsets: Tensor, out_features: int, in_features: int, band: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns [K, L] of the stored values."""
+    short = torch.arange(min(out_features, in_features), device=offsets.device).expand(offsets.numel() * band, -1)
+    long = (short + candidates(offsets, band)[:, None]) % max(out_features, in_features)
+    return (long, short) if out_features >= in_features else (short, long)
+
+
+def to_dense(values: Tensor, offsets: Tensor, out_features: int, in_features: int, band: int) -> Tensor:
+    rows, columns = positions(offsets, out_features, in_features, band)
+    weight = values.new_zeros(out_features * in_features)
+    return weight.index_add(0, (rows * in_features + columns).flatten(), values.flatten()).view(out_features, in_features)
+
+
+def linear(
+    x: Tensor, values: Tensor, offsets: Tensor, out_features: int, band: int, bias: Tensor | None = None
+) -> Tensor:
+    wide = _sum_dtype(x)
+    weight = to_dense(values.to(wide), offsets, out_features, x.shape[-1], band)
+    y = x.to(wide) @ weight.t()
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def linear_transposed(dy: Tensor, values: Tensor, offsets: Tensor, in_features: int, band: int) -> Tensor:
+    wide = _sum_dtype(dy)
+    return (dy.to(wide) @ to_dense(values.to(wide), offsets, dy.shape[-1], in_features, band)).to(dy.dtype)
+
+
+def dvalues(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
+    """[K, L]; one diagonal at a time, so that nothing of size M x N appears."""
+    wide = _sum_dtype(x)
+    m, n = dy.shape[-1], x.shape[-1]
+    dy, x = dy.reshape(-1, m).to(wide), x.reshape(-1, n).to(wide)
+    short, long = (x, dy) if m >= n else (dy, x)
+    rows = [(torch.roll(long, -o, 1)[:, : short.shape[1]] * short).sum(0) for o in candidates(offsets, band).tolist()]
+    return torch.stack(rows).to(dtype=wide)
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

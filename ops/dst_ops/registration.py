@@ -1,0 +1,112 @@
+"""The raw ops `torch.ops.dst_ops.{linear, linear_transposed, dvalues}`: schemas, fake, autograd and vmap.
+
+The three are closed under differentiation: the backward of each uses only the other two, so that any order of
+derivative works. The schemas are defined here and not in C++, so that `import dst_ops` builds nothing and torch.compile
+can trace the ops before the library is loaded; the library (csrc/) then adds its kernels for the CPU key, which win over
+the reference registered for every device below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dst_ops import reference
+
+SCHEMAS = (
+    "linear(Tensor x, Tensor values, Tensor offsets, SymInt out_features, int band, Tensor? bias=None) -> Tensor",
+    "linear_transposed(Tensor dy, Tensor values, Tensor offsets, SymInt in_features, int band) -> Tensor",
+    "dvalues(Tensor dy, Tensor x, Tensor offsets, int band) -> Tensor",
+)
+
+library = torch.library.Library("dst_ops", "DEF")
+for _schema in SCHEMAS:
+    library.define(_schema)
+library.impl("linear", reference.linear, "CompositeExplicitAutograd")
+library.impl("linear_transposed", reference.linear_transposed, "CompositeExplicitAutograd")
+library.impl("dvalues", reference.dvalues, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dst_ops::linear")
+def _(x: Tensor, values: Tensor, offsets: Tensor, out_features: int, band: int, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("dst_ops::linear_transposed")
+def _(dy: Tensor, values: Tensor, offsets: Tensor, in_features: int, band: int) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+@torch.library.register_fake("dst_ops::dvalues")
+def _(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((offsets.shape[0] * band, min(dy.shape[-1], x.shape[-1])), dtype=dtype)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, offsets, _, ctx.band, bias = inputs
+    ctx.save_for_backward(x, values, offsets)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, offsets = ctx.saved_tensors
+    ops, need = torch.ops.dst_ops, ctx.needs_input_grad
+    dx = ops.linear_transposed(dy, values, offsets, x.shape[-1], ctx.band) if need[0] else None
+    dvalues = ops.dvalues(dy, x, offsets, ctx.band).to(values.dtype) if need[1] else None
+    dbias = None
+    if ctx.bias_dtype is not None and need[5]:
+        rows = dy.reshape(-1, dy.shape[-1])
+        dbias = rows.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+    return dx, dvalues, None, None, None, dbias
+
+
+def _transposed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, values, offsets, _, ctx.band = inputs
+    ctx.save_for_backward(dy, values, offsets)
+
+
+def _transposed_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    dy, values, offsets = ctx.saved_tensors
+    ops = torch.ops.dst_ops
+    ddy = ops.linear(g, values, offsets, dy.shape[-1], ctx.band) if ctx.needs_input_grad[0] else None
+    dvalues = ops.dvalues(dy, g, offsets, ctx.band).to(values.dtype) if ctx.needs_input_grad[1] else None
+    return ddy, dvalues, None, None, None
+
+
+def _dvalues_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, offsets, ctx.band = inputs
+    ctx.save_for_backward(dy, x, offsets)
+
+
+def _dvalues_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x, offsets = ctx.saved_tensors
+    ops, values = torch.ops.dst_ops, g.to(x.dtype)
+    ddy = ops.linear(x, values, offsets, dy.shape[-1], ctx.band) if ctx.needs_input_grad[0] else None
+    dx = ops.linear_transposed(dy, values, offsets, x.shape[-1], ctx.band) if ctx.needs_input_grad[1] else None
+    return ddy, dx, None, None
+
+
+torch.library.register_autograd("dst_ops::linear", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd("dst_ops::linear_transposed", _transposed_backward, setup_context=_transposed_setup)
+torch.library.register_autograd("dst_ops::dvalues", _dvalues_backward, setup_context=_dvalues_setup)
+
+
+def _vmap(op: Any, free_first: bool) -> Any:
+    """A vmap rule: leading dimensions of the first tensor are free if nothing else is batched; otherwise a loop."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        dims = (*in_dims, *(None for _ in range(len(args) - len(in_dims))))
+        if free_first and dims[0] is not None and all(d is None for d in dims[1:]):
+            return op(args[0].movedim(dims[0], 0), *args[1:]), 0
+        picked = [[a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)] for i in range(info.batch_size)]
+        return torch.stack([op(*one) for one in picked]), 0
+
+    return rule
+
+
+torch.library.register_vmap("dst_ops::linear", _vmap(torch.ops.dst_ops.linear, True))
+torch.library.register_vmap("dst_ops::linear_transposed", _vmap(torch.ops.dst_ops.linear_transposed, True))
+torch.library.register_vmap("dst_ops::dvalues", _vmap(torch.ops.dst_ops.dvalues, False))
