@@ -1,18 +1,22 @@
-"""Training with DeepSpeed: the only package that imports it."""
+"""Training with DeepSpeed: the only package that imports it.
+
+`import dst_train.engine.params` makes `Topology.bind` accept DeepSpeed engines.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from dst_train.engine.config import compile_config
 
-__all__ = ["DeepSpeedEditor", "Outcome", "compile_config", "run"]
+if TYPE_CHECKING:
+    from dst_train.engine.runner import Outcome, run
+
+__all__ = ["Outcome", "compile_config", "run"]
 
 
-def __getattr__(name: str) -> object:
-    # DeepSpeed takes seconds to import; `dst-train plan` needs compile_config only.
-    if name == "DeepSpeedEditor":
-        from dst_train.engine.params import DeepSpeedEditor
-
-        return DeepSpeedEditor
+def __getattr__(name: str) -> Any:
+    # DeepSpeed takes seconds to import, and `dst-train plan` needs compile_config only.
     if name in ("Outcome", "run"):
-        from dst_train.engine import run as module
+        from dst_train.engine import runner
 
-        return getattr(module, name)
+        return getattr(runner, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,10 +31,10 @@ class ParameterEditor(Protocol):
 
 @singledispatch
 def editor_for(target: Any, world_size: int = 1) -> ParameterEditor:
-    """The editor for a torch optimiser; `dst_train.engine` adds DeepSpeed engines when it is imported."""
+    """The editor for a torch optimiser; `dst_train.engine.params` adds DeepSpeed engines when it is imported."""
     raise TypeError(
         f"cannot bind a topology to {type(target).__name__}: give a torch.optim.Optimizer, or a DeepSpeed engine after "
-        "`import dst_train.engine`"
+        "`import dst_train.engine.params`"
     )
 
 
@@ -85,6 +85,7 @@ def row_state(state: dict[str, Any], numel: int) -> dict[str, Tensor]:
     return found
 
 
+@torch.no_grad()
 def row_sums(values: Tensor, state: dict[str, Tensor], start: int, rows: int, length: int) -> Tensor:
     """Row sums [2, rows] in float64 of a piece that begins at flat element `start` of a [rows, length] parameter."""
     row = (torch.arange(values.numel(), device=values.device) + start) // length

@@ -1,0 +1,61 @@
+# `make demo` and `make test` need nothing but python3 (3.10 or later) and a C++ compiler.
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+# Ranks of the demo: every GPU, or two on the CPU.
+RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+# Job and overrides of the demo, for example: make demo SET="train.epochs=2 name=short"
+JOB ?= jobs/vit_digits.yaml
+SET ?=
+
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS ?= $(shell expr $(CORES) / $(RANKS) \| 1)
+ifeq ($(GPUS),0)
+# Spares DeepSpeed's search for an accelerator, and its messages.
+export DS_ACCELERATOR ?= cpu
+endif
+
+.PHONY: help install data demo test unit lint format clean
+help:
+	@echo "make demo    install, build the digits shards, train $(JOB) on $(RANKS) ranks"
+	@echo "make test    install, run every test"
+	@echo "make unit    the unit tests only"
+	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make format  let ruff format the code"
+	@echo "make clean   remove .venv, caches and runs"
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/installed
+
+data: install
+	$(BIN)/python launch/prepare_digits.py --out data/digits
+
+demo: data
+	deepspeed -q --num_gpus $(RANKS) launch/train.py --job $(JOB) $(foreach s,$(SET),--set $(s))
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+unit: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,144 @@
+"""Micro-batches of decoded, transformed samples; runs in the loader's worker processes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from webdataset.autodecode import Decoder, DecodingError, imagehandler
+
+from dst_train.data.errors import BadSampleError, DataError
+from dst_train.data.order import Ref, stable_seed
+from dst_train.data.store import LABEL, SampleStore
+from dst_train.data.transforms import transform
+
+MAX_SUCCESSORS = 8
+
+
+class Batch(NamedTuple):
+    """A micro-batch of training."""
+
+    inputs: Tensor
+    """float32 [micro_batch_size, ...], as the transform gives them."""
+    targets: Tensor
+    """int64 [micro_batch_size], class labels."""
+    replaced: int
+    """Undecodable samples that were replaced by their successor."""
+
+
+class EvalBatch(NamedTuple):
+    """A micro-batch of evaluation, of the same size on every rank."""
+
+    inputs: Tensor
+    """float32 [micro_batch_size, ...]"""
+    targets: Tensor
+    """int64 [micro_batch_size]"""
+    valid: Tensor
+    """bool [micro_batch_size]; padding is not valid and must not be counted."""
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restores the CPU generators of torch, `random` and numpy, so that loading in the process of the training
+    (`num_workers: 0`) does not change its dropout."""
+    states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def seed_rng(seed: int) -> None:
+    # not torch.manual_seed: that would also seed the training's CUDA generators
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+class Samples:
+    """Decoded samples of a split by number."""
+
+    def __init__(self, store: SampleStore, transform_name: str, seed: int) -> None:
+        self.store, self.seed = store, seed
+        mode, self._transform = transform(transform_name)
+        self._decoder = Decoder([imagehandler(mode)])
+
+    def load(self, epoch: int, index: int) -> tuple[Tensor, int]:
+        """The input and the label; augmentation depends on (seed, epoch, index) only.
+
+        Raises BadSampleError, DataError.
+        """
+        stored = self.store.read(index)
+        seed_rng(stable_seed(self.seed, "augment", epoch, index))
+        try:
+            sample = self._decoder({stored.extension: stored.image, LABEL: stored.label})
+            return self._transform(sample[stored.extension]), sample[LABEL]
+        except DecodingError as error:
+            raise BadSampleError(f"{self.store.name(index)}: .{error.k}: {_reason(error.__cause__)}") from error
+        except ValueError as error:
+            raise BadSampleError(f"{self.store.name(index)}: .{stored.extension}: {error}") from error
+
+
+def _reason(error: BaseException | None) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"  # PIL's text is the address of a buffer
+    return f"{type(error).__name__}: {error}"
+
+
+class TrainSet(Dataset):
+    """Micro-batches for lists of Ref. A DataError is returned, not raised: torch would wrap the text of an exception
+    that crosses from a worker in a traceback."""
+
+    def __init__(self, samples: Samples, max_bad_samples: int) -> None:
+        self._samples, self._may_replace = samples, max_bad_samples > 0
+
+    def __getitems__(self, refs: Sequence[Ref]) -> Batch | DataError:
+        try:
+            with preserved_rng():
+                loaded = [self._load(ref) for ref in refs]
+        except DataError as error:
+            return error
+        inputs, targets, replaced = zip(*loaded, strict=True)
+        return Batch(torch.stack(inputs), torch.tensor(targets, dtype=torch.int64), sum(replaced))
+
+    def _load(self, ref: Ref) -> tuple[Tensor, int, bool]:
+        try:
+            return *self._samples.load(ref.epoch, ref.sample), False
+        except BadSampleError as error:
+            if not self._may_replace:
+                raise BadSampleError(f"{error} (data.max_bad_samples is 0: none may be replaced)") from error
+            return *self._successor(ref, error), True
+
+    def _successor(self, ref: Ref, first: BadSampleError) -> tuple[Tensor, int]:
+        """The next readable sample of the split: the same one on any rank."""
+        for step in range(1, MAX_SUCCESSORS + 1):
+            try:
+                return self._samples.load(ref.epoch, (ref.sample + step) % len(self._samples.store))
+            except BadSampleError:
+                continue
+        raise DataError(f"{first}; so are its {MAX_SUCCESSORS} successors: check the shard") from first
+
+
+class EvalSet(Dataset):
+    """As TrainSet, without replacement: an evaluation counts every sample or fails."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __getitems__(self, refs: Sequence[Ref]) -> EvalBatch | DataError:
+        try:
+            with preserved_rng():
+                inputs, targets = zip(*(self._samples.load(ref.epoch, ref.sample) for ref in refs), strict=True)
+        except DataError as error:
+            return error
+        valid = torch.tensor([ref.valid for ref in refs])
+        return EvalBatch(torch.stack(inputs), torch.tensor(targets, dtype=torch.int64), valid)

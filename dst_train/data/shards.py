@@ -1,0 +1,64 @@
+"""From the shard pattern of a job to tar files on this machine."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+
+from dst_train.data.errors import DataError
+from dst_train.data.files import atomic_file
+
+
+def local_shards(pattern: str, cache_dir: str | None) -> list[Path]:
+    """Expands braces, copies remote shards whole into `cache_dir`, and returns the local files in order.
+
+    Raises DataError if the pattern does not expand, a shard is missing, or a remote shard has nowhere to go.
+    """
+    if "${" in pattern:
+        raise DataError(f"shards {pattern!r}: a variable is left in the pattern; set it in the environment")
+    try:
+        urls = expand_urls(pattern)
+    except ValueError as error:
+        raise DataError(f"shards {pattern!r}: cannot expand the braces: {error}") from error
+    return [_local_shard(url, cache_dir) for url in urls]
+
+
+def _local_shard(url: str, cache_dir: str | None) -> Path:
+    parsed = urlparse(url)
+    if parsed.scheme not in ("", "file"):
+        return _cached(url, cache_dir)
+    path = Path(url2pathname(parsed.path)) if parsed.scheme else Path(url)
+    if not path.is_file():
+        raise DataError(f"shard {path} does not exist; check data.*.shards")
+    return path
+
+
+def _cached(url: str, cache_dir: str | None) -> Path:
+    if cache_dir is None:
+        raise DataError(f"shard {url} is remote: set data.cache_dir to a folder that can hold all shards")
+    folder = Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # webdataset names cached files by the last part of the url, so that train/000.tar and val/000.tar would collide
+    name = Path(urlparse(url).path).name or "shard.tar"
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    # one process copies, the others wait; the kernel drops the lock of a killed process
+    with open(path.with_name(path.name + ".lock"), "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _copy(url, path)
+    return path
+
+
+def _copy(url: str, path: Path) -> None:
+    try:
+        with atomic_file(path) as file, gopen(url) as stream:
+            shutil.copyfileobj(stream, file, 1 << 20)
+    except (OSError, ValueError) as error:
+        raise DataError(f"shard {url}: cannot copy it to {path}: {error}") from error

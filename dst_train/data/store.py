@@ -1,0 +1,99 @@
+"""All samples of a split, read by number."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from io import FileIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from webdataset.autodecode import IMAGE_EXTENSIONS
+
+from dst_train.data.errors import BadSampleError, DataError
+from dst_train.data.index import Sample, load_index
+from dst_train.data.shards import local_shards
+
+LABEL = "cls"
+MAX_OPEN_FILES = 64
+
+
+class Encoded(NamedTuple):
+    """One sample as it is stored."""
+
+    image: bytes
+    extension: str
+    label: bytes
+
+
+class SampleStore:
+    """Samples 0 to n - 1 of tar shards, in the order of the pattern and of each file.
+
+    Reads by offset; files are opened at first use in each process, so that an instance may be sent to workers.
+    Each sample has one image and one `.cls` label, other members are ignored.
+    """
+
+    def __init__(self, pattern: str, cache_dir: str | None = None) -> None:
+        """Raises DataError if a shard is missing or damaged, or a sample has no image or label."""
+        self._shards = local_shards(pattern, cache_dir)
+        self._extensions: list[str] = []
+        indexes = [load_index(shard, cache_dir) for shard in self._shards]
+        self._sizes = [len(samples) for samples in indexes]
+        rows = [self._row(number, sample) for number, samples in enumerate(indexes) for sample in samples]
+        # arrays, since millions of Python objects would be copied into every worker
+        self._table = np.array(rows, np.int64).reshape(-1, 6)
+        self._keys = np.array([key.encode() for samples in indexes for key, _ in samples])
+        self._open: OrderedDict[int, FileIO] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def counts(self) -> list[tuple[Path, int]]:
+        """Every shard and its number of samples."""
+        return list(zip(self._shards, self._sizes, strict=True))
+
+    def read(self, index: int) -> Encoded:
+        """Raises BadSampleError if the shard ends before the sample does, DataError if it cannot be read at all."""
+        shard, extension, *places = self._table[index].tolist()
+        image = self._bytes(index, shard, *places[:2])
+        label = self._bytes(index, shard, *places[2:])
+        return Encoded(image, self._extensions[extension], label)
+
+    def name(self, index: int) -> str:
+        """Shard and key of a sample, for messages."""
+        return f"shard {self._shards[self._table[index, 0]]}, sample {self._keys[index].decode()}"
+
+    def _row(self, number: int, sample: Sample) -> tuple[int, ...]:
+        key, members = sample
+        images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
+        if len(images) != 1 or LABEL not in members:
+            raise DataError(
+                f"shard {self._shards[number]}, sample {key}: has {sorted(members)}, needs one image and .{LABEL}"
+            )
+        if images[0] not in self._extensions:
+            self._extensions.append(images[0])
+        return (number, self._extensions.index(images[0]), *members[images[0]], *members[LABEL])
+
+    def _bytes(self, index: int, shard: int, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._file(shard).fileno(), size, offset)
+        except OSError as error:
+            raise DataError(f"shard {self._shards[shard]}: cannot read it: {error}") from error
+        if len(data) != size:
+            raise BadSampleError(
+                f"{self.name(index)}: {len(data)} of {size} bytes at {offset}; the file changed after it was indexed"
+            )
+        return data
+
+    def _file(self, shard: int) -> FileIO:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) >= MAX_OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        file = self._open[shard] = FileIO(self._shards[shard])
+        return file

@@ -1,0 +1,61 @@
+"""From a PIL image to a float32 tensor, by the names a job may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+DIGIT_SIZE = 28
+DIGIT_MEAN, DIGIT_STD = 0.1307, 0.3081
+
+
+def sample_shape(name: str) -> tuple[int, int, int]:
+    """Channels, height and width of what the transform of that name makes."""
+    return (1, DIGIT_SIZE, DIGIT_SIZE) if name == "digits" else (3, 224, 224)
+
+
+class Transform(NamedTuple):
+    """`mode`: webdataset's name of the PIL mode that `apply` expects."""
+
+    mode: str
+    apply: Callable[[Image.Image], torch.Tensor]
+
+
+def transform(name: str) -> Transform:
+    """The transform of that name. Raises ValueError for an unknown one.
+
+    digits: 28 x 28 grey image -> [1, 28, 28], (x / 255 - 0.1307) / 0.3081 (mean and deviation of MNIST's training
+        set); no augmentation.
+    imagenet_train: -> [3, 224, 224]; random resized crop (bicubic), flip, RandAugment rand-m9-mstd0.5-inc1, random
+        erasing 0.25 of pixels, ImageNet mean and deviation. DynaDiag (arXiv 2506.11449) states no augmentation for its
+        ViTs: these are DeiT's settings (arXiv 2012.12877, table 9), without mixup and cutmix.
+    imagenet_eval: -> [3, 224, 224]; bicubic resize to 248 (crop 0.9), centre crop, ImageNet mean and deviation.
+    """
+    if name == "digits":
+        return Transform("pill", digits)
+    if name == "imagenet_train":
+        train = create_transform(
+            224,
+            is_training=True,
+            interpolation="bicubic",
+            auto_augment="rand-m9-mstd0.5-inc1",
+            re_prob=0.25,
+            re_mode="pixel",
+        )
+        return Transform("pilrgb", train)
+    if name == "imagenet_eval":
+        return Transform("pilrgb", create_transform(224, interpolation="bicubic", crop_pct=0.9))
+    raise ValueError(f"unknown transform {name!r}: use digits, imagenet_train or imagenet_eval")
+
+
+def digits(image: Image.Image) -> torch.Tensor:
+    """float32 [1, 28, 28]. Raises ValueError for another size."""
+    if image.size != (DIGIT_SIZE, DIGIT_SIZE):
+        raise ValueError(f"the image is {image.width} x {image.height}, digits are {DIGIT_SIZE} x {DIGIT_SIZE}")
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+    return ((pixels - DIGIT_MEAN) / DIGIT_STD).unsqueeze(0)

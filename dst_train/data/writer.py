@@ -1,0 +1,59 @@
+"""Writes image classification shards that every machine writes byte for byte alike."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from dst_train.data.files import atomic_file
+
+# stored, not compressed: the output of deflate differs between zlib versions
+ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
+    "png": ("png", {"compress_level": 0}),
+    "jpeg": ("jpg", {"quality": 90}),
+}
+
+
+def write_shards(
+    folder: str | Path,
+    prefix: str,
+    arrays: np.ndarray,
+    labels: Sequence[int] | np.ndarray,
+    per_shard: int,
+    image_format: Literal["png", "jpeg"] = "png",
+) -> list[Path]:
+    """Writes `<prefix>-000000.tar`, `<prefix>-000001.tar`, ... and returns their paths.
+
+    arrays: uint8 [n, height, width] or [n, height, width, 3]; labels: n class numbers. Each shard appears whole.
+    Existing shards of these names are replaced. PNG files are not compressed. Raises ValueError.
+    """
+    if arrays.dtype != np.uint8 or not (arrays.ndim == 3 or (arrays.ndim == 4 and arrays.shape[3] == 3)):
+        raise ValueError(f"arrays are {arrays.dtype} {list(arrays.shape)}, must be uint8 [n, h, w] or [n, h, w, 3]")
+    if len(labels) != len(arrays):
+        raise ValueError(f"{len(labels)} labels for {len(arrays)} arrays")
+    if per_shard < 1:
+        raise ValueError(f"per_shard is {per_shard}, must be at least 1")
+    if image_format not in ENCODINGS:
+        raise ValueError(f"image_format is {image_format!r}, must be one of {sorted(ENCODINGS)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, start in enumerate(range(0, len(arrays), per_shard)):
+        paths.append(folder / f"{prefix}-{number:06d}.tar")
+        _write_shard(paths[-1], arrays, labels, range(start, min(start + per_shard, len(arrays))), image_format)
+    return paths
+
+
+def _write_shard(path: Path, arrays: np.ndarray, labels: Sequence[int] | np.ndarray, part: range, fmt: str) -> None:
+    extension, options = ENCODINGS[fmt]
+    with atomic_file(path) as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
+        for index in part:
+            encoded = io.BytesIO()
+            Image.fromarray(arrays[index]).save(encoded, format=fmt, **options)
+            tar.write({"__key__": f"{index:08d}", extension: encoded.getvalue(), "cls": b"%d" % int(labels[index])})

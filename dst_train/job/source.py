@@ -1,0 +1,151 @@
+"""YAML with the place of every key: files, `extends`, and `--set` overrides merged into one tree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dst_train.job.errors import JobError
+
+Key = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that 1e-3 is a number, as in YAML 1.2."""
+
+
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?$|^[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+)
+_INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+@dataclass
+class Source:
+    """A tree of plain Python values, and for each key the place it came from: `file:line` or `--set key=value`."""
+
+    data: dict[str, Any]
+    places: dict[Key, str] = field(default_factory=dict)
+
+    def place(self, key: Key) -> str:
+        """The place of the key or of its nearest ancestor that was written down."""
+        while key not in self.places:
+            key = key[:-1]
+        return self.places[key]
+
+
+def read(path: Path, overrides: Sequence[str]) -> Source:
+    """The file, over its chain of parents, under the overrides.
+
+    Raises:
+        JobError: a file that cannot be read or parsed, a repeated key, a circle of `extends`, a malformed override.
+    """
+    source = _read_chain(path, ())
+    for text in overrides:
+        _override(source, text)
+    return source
+
+
+def _read_chain(path: Path, children: tuple[Path, ...]) -> Source:
+    if path.resolve() in children:
+        raise JobError(f"{path}: extends itself through {' -> '.join(str(p) for p in children)}")
+    source = _read_file(path)
+    if "extends" not in source.data:
+        return source
+    place, parent = source.place(("extends",)), source.data.pop("extends")
+    if not isinstance(parent, str):
+        raise JobError(f"{place} extends: {parent!r} is not the path of one YAML file")
+    if not (path.parent / parent).is_file():
+        raise JobError(f"{place} extends: {path.parent / parent} does not exist")
+    base = _read_chain(path.parent / parent, (*children, path.resolve()))
+    _merge(base.data, source.data, base.places, source.places, ())
+    base.places[()] = source.places[()]
+    return base
+
+
+def _read_file(path: Path) -> Source:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: cannot be read: {error}") from error
+    loader = _Loader(text)
+    loader.name = str(path)
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise JobError(f"{path}:1: a job is a mapping of keys to values")
+        source = Source({}, {(): f"{path}:1"})
+        _check(node, str(path), (), source.places)
+        source.data = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise JobError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+    return source
+
+
+def _check(node: yaml.Node, file: str, key: Key, places: dict[Key, str]) -> None:
+    """Notes the place of every key below `node` and refuses keys that repeat or are not text."""
+    if isinstance(node, yaml.SequenceNode):
+        for i, child in enumerate(node.value):
+            places[(*key, i)] = f"{file}:{child.start_mark.line + 1}"
+            _check(child, file, (*key, i), places)
+    elif isinstance(node, yaml.MappingNode):
+        for name, child in node.value:
+            here = f"{file}:{name.start_mark.line + 1}"
+            if not isinstance(name, yaml.ScalarNode) or name.tag != "tag:yaml.org,2002:str":
+                raise JobError(f"{here}: the key {getattr(name, 'value', name)!r} is not text; put it in quotes")
+            inner = (*key, name.value)
+            if inner in places:
+                raise JobError(f"{here} {dotted(inner)}: stands twice, first at {places[inner]}")
+            places[inner] = here
+            _check(child, file, inner, places)
+
+
+def _merge(base: dict[str, Any], child: dict[str, Any], places: dict[Key, str], new: dict[Key, str], key: Key) -> None:
+    """Mappings merge, everything else (lists too) is replaced."""
+    for name, value in child.items():
+        inner = (*key, name)
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            _merge(base[name], value, places, new, inner)
+            places[inner] = new[inner]
+            continue
+        base[name] = value
+        for stale in [k for k in places if k[: len(inner)] == inner]:
+            del places[stale]
+        places.update({k: v for k, v in new.items() if k[: len(inner)] == inner})
+
+
+def _override(source: Source, text: str) -> None:
+    name, equals, value = text.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        raise JobError(f"--set {text}: expected KEY=VALUE with a dotted key, for example train.batch_size=64")
+    try:
+        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise JobError(f"--set {text}: the value is not valid YAML: {error}") from error
+    tree: dict[str, Any] = {keys[-1]: parsed}
+    for key in reversed(keys[:-1]):
+        tree = {key: tree}
+    places: dict[Key, str] = {tuple(keys[: i + 1]): f"--set {text}:" for i in range(len(keys))}
+    kept = {key: source.places[key] for key in places if key in source.places and key != tuple(keys)}
+    _merge(source.data, tree, source.places, places, ())
+    source.places.update(kept)
+
+
+def dotted(key: Key) -> str:
+    return ".".join(str(k) for k in key)

@@ -1,0 +1,42 @@
+"""From the model of a job to a dense module."""
+
+from __future__ import annotations
+
+import difflib
+
+import timm
+import torch
+from torch import nn
+
+from dst_train.job import JobError
+from dst_train.job.schema import MLPModel, TimmModel
+from dst_train.models.mlp import MLP
+
+# timm does not check arguments: a wrong one surfaces as any of these, somewhere inside the model
+BAD_ARGUMENT = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError)
+
+
+def build(spec: TimmModel | MLPModel, *, seed: int) -> nn.Module:
+    """The model on the CPU in fp32; its initial values depend on `seed` only, and global generators are left as found.
+
+    Raises JobError for a name that timm does not have, with those that are close, and for arguments it does not take.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed: that would also seed the CUDA generators, which fork_rng then has to restore
+        torch.default_generator.manual_seed(seed)
+        if isinstance(spec, MLPModel):
+            return MLP(spec.in_features, spec.hidden_features, spec.num_classes)
+        return _timm(spec)
+
+
+def _timm(spec: TimmModel) -> nn.Module:
+    if not timm.is_model(spec.name):
+        close = difflib.get_close_matches(spec.name, timm.list_models(), n=5)
+        hint = f"close names: {', '.join(close)}" if close else "see timm.list_models()"
+        raise JobError(f"model.name: timm {timm.__version__} has no model {spec.name!r}; {hint}")
+    try:
+        return timm.create_model(spec.name, **spec.args)
+    except BAD_ARGUMENT as error:
+        raise JobError(
+            f"model.args: timm cannot build {spec.name} with {spec.args}: {type(error).__name__}: {error}"
+        ) from error

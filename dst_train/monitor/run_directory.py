@@ -1,0 +1,74 @@
+"""The files of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from dst_train.monitor.environment import environment
+from dst_train.topology import TopologyUpdate
+
+
+class RunDirectory:
+    """`path` holds job.yaml, ds_config.json, env.json, tensorboard/, checkpoints/, topology.jsonl and log.txt."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.log = path / "log.txt"
+        self.topology = path / "topology.jsonl"
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        partial = self.path / f"{name}.tmp"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.path / name)
+
+    def write_environment(self) -> None:
+        self.write_text("env.json", json.dumps(environment(), indent=2))
+
+    def append_topology(self, update: TopologyUpdate) -> None:
+        """One line for each layer of an update."""
+        lines = [
+            json.dumps(
+                {
+                    "step": update.step,
+                    "number": update.number,
+                    "layer": layer.name,
+                    "dropped": layer.dropped,
+                    "grown": layer.grown,
+                    "churn": layer.churn,
+                    "active": layer.active,
+                    "digest": update.digest,
+                }
+            )
+            for layer in update.layers
+        ]
+        with self.topology.open("a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
+
+    def truncate_topology(self, after_step: int) -> None:
+        """Forget updates after a step: a resumed run makes them again. A last line cut by a crash goes too."""
+        if not self.topology.is_file():
+            return
+        kept = []
+        for line in self.topology.read_text(encoding="utf-8").splitlines():
+            try:
+                step = json.loads(line)["step"]
+            except ValueError:
+                break
+            if step <= after_step:
+                kept.append(line + "\n")
+        self.write_text(self.topology.name, "".join(kept))
+
+    def active_units(self) -> dict[str, list[tuple[int, ...]]]:
+        """By layer, the active units after each update so far."""
+        history: dict[str, list[tuple[int, ...]]] = {}
+        if self.topology.is_file():
+            for line in self.topology.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                history.setdefault(entry["layer"], []).append(tuple(entry["active"]))
+        return history

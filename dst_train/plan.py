@@ -1,0 +1,130 @@
+"""The plan of a job: everything that can be known, and refused, without a GPU and before a rank starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import dst_ops
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dst_train import data, models
+from dst_train.engine import compile_config
+from dst_train.job import BatchPlan, Job, JobError, dump
+from dst_train.sparse import SparsityReport, sparse_layers, sparsify
+
+# fp32 moments of the optimiser, per parameter.
+_STATES = {"adamw": 2, "sgd": 1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`flops`: multiplications and additions of the matrix products of one sample's forward pass, sparse and dense.
+
+    Memory is per rank, in bytes, without activations; `checkpoint_bytes` is over all ranks.
+    """
+
+    job: Job
+    batch: BatchPlan
+    report: SparsityReport
+    flops: tuple[int, int] | None
+    memory: dict[str, int]
+    checkpoint_bytes: int
+    ds_config: dict[str, Any]
+
+    def __str__(self) -> str:
+        lines = [dump(self.job), "batch", f"  {self.batch}", "", "model", *_indent(str(self.report))]
+        if self.flops is not None:
+            sparse, dense = self.flops
+            lines.append(f"  forward, matrix products of one sample: {sparse:,} FLOPs, {dense:,} when dense ({dense / sparse:.2f}x)")
+        lines += ["", f"memory on each of {self.batch.world_size} ranks, without activations"]
+        lines += [f"  {name:<12} {_bytes(size):>12}" for name, size in self.memory.items()]
+        lines += [f"  checkpoint   {_bytes(self.checkpoint_bytes):>12}  (all ranks together)", "", "op"]
+        lines += _indent(str(dst_ops.backend_report()))
+        lines += ["", "ds_config", *_indent(json.dumps(self.ds_config, indent=2))]
+        return "\n".join(lines)
+
+
+def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
+    """Everything that must hold before the job starts on `world_size` ranks.
+
+    Raises:
+        JobError: the batch does not divide, shards are missing or miscounted, the model or one of its arguments is
+            unknown, a glob matches no layer, or a band does not divide.
+    """
+    batch = BatchPlan.of(job, world_size)
+    if check_data:
+        for split in (job.data.train, job.data.eval):
+            if split is not None:
+                data.check(split)
+    model = models.build(job.model, seed=job.seed)
+    sample = _sample(job)
+    dense_flops = _flops(model, sample)
+    parameters = sum(p.numel() for p in model.parameters())
+    report = SparsityReport((), parameters, parameters)
+    if job.sparsity is not None:
+        try:
+            report = sparsify(model, job.sparsity.rules, budget=job.sparsity.budget, seed=job.seed)
+        except ValueError as error:
+            raise JobError(f"sparsity: {error}") from error
+    memory, checkpoint = _memory(job, report.parameters, world_size)
+    return Plan(job, batch, report, (_flops(model, sample), dense_flops), memory, checkpoint, compile_config(job, batch))
+
+
+def _sample(job: Job) -> torch.Tensor:
+    return torch.zeros(1, *data.sample_shape(job.data.train.transform))
+
+
+@torch.no_grad()
+def _flops(model: nn.Module, sample: torch.Tensor) -> int:
+    """Matrix products that torch counts, plus 2 K L per token for the diagonal layers, whose op it does not know."""
+    extra = 0
+
+    def count(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        nonlocal extra
+        extra += 2 * layer.values.numel() * (output.numel() // output.shape[-1])  # type: ignore[operator, union-attr]
+
+    handles = [layer.register_forward_hook(count) for layer in sparse_layers(model).values()]
+    training = model.training
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(sample)
+    except RuntimeError as error:
+        raise JobError(f"model: it does not take a sample of shape {tuple(sample.shape[1:])}: {error}") from error
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return counter.get_total_flops() + extra
+
+
+def _memory(job: Job, parameters: int, world_size: int) -> tuple[dict[str, int], int]:
+    """ZeRO's arithmetic (Rajbhandari et al. 2020, arXiv 1910.02054, section 5), with fp32 masters and moments."""
+    stage = job.deepspeed.zero_optimization.stage
+    low = 2 if job.train.precision == "bf16_params" else 4
+    masters = 0 if stage == 0 else 4  # ZeRO keeps masters of its own, also beside fp32 parameters
+    states = 4 * _STATES[job.optimizer.name]
+
+    def share(split_from: int) -> int:
+        return world_size if stage >= split_from else 1
+
+    memory = {
+        "parameters": low * parameters // share(3),
+        "gradients": low * parameters // share(2),
+        "masters": masters * parameters // share(1),
+        "optimiser": states * parameters // share(1),
+    }
+    memory["total"] = sum(memory.values())
+    return memory, (low + masters + states) * parameters
+
+
+def _indent(text: str) -> list[str]:
+    return [f"  {line}" for line in text.splitlines()]
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,136 @@
+"""Rules, budgets and the report of sparsify()."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dst_train.sparse import DiagonalLinear, SparsityRule, densities, sparse_layers, sparsify
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"proj": nn.Linear(32, 32), "fc1": nn.Linear(32, 128), "fc2": nn.Linear(128, 32, bias=False)})
+            for _ in range(2)
+        )
+        self.head = nn.Linear(32, 10)
+
+
+def test_last_rule_wins_and_null_keeps_a_layer_dense() -> None:
+    net = Net()
+    report = sparsify(
+        net,
+        [
+            {"match": "blocks.*", "sparsity": 0.9},
+            {"match": "*.fc*", "sparsity": 0.5, "band": 16},
+            SparsityRule("blocks.1.fc2", None),
+        ],
+    )
+    assert [r.name for r in report.layers] == ["blocks.0.proj", "blocks.0.fc1", "blocks.0.fc2", "blocks.1.proj", "blocks.1.fc1"]
+    assert type(net.head) is nn.Linear
+    assert type(net.blocks[1]["fc2"]) is nn.Linear
+    proj, fc1 = net.blocks[0]["proj"], net.blocks[0]["fc1"]
+    assert (proj.band, proj.num_active, fc1.band, fc1.num_active) == (1, 3, 16, 4)
+    assert net.blocks[0]["fc2"].bias is None
+    assert report.parameters == sum(p.numel() for p in net.parameters())
+    assert report.dense_parameters == sum(p.numel() for p in Net().parameters())
+    assert "blocks.0.fc1" in str(report)
+    assert "diagonal w=16" in str(report)
+
+
+def test_values_are_the_scaled_dense_initialisation() -> None:
+    net = Net()
+    weight, bias = net.head.weight.detach().clone(), net.head.bias.detach().clone()
+    sparsify(net, [{"match": "head", "sparsity": 0.75}])
+    mask = net.head.to_dense() != 0
+    assert mask.sum() == 8 * 10
+    torch.testing.assert_close(net.head.to_dense()[mask], weight[mask] * 2, rtol=1e-6, atol=0)
+    assert torch.equal(net.head.bias, bias)
+
+
+def test_offsets_depend_on_the_seed_only_and_the_global_generator_is_untouched() -> None:
+    def offsets(seed: int, noise: int) -> list[torch.Tensor]:
+        net = Net()
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        sparsify(net, [{"match": "blocks.*", "sparsity": 0.9}], seed=seed)
+        assert torch.equal(before, torch.get_rng_state())
+        return [layer.offsets for layer in sparse_layers(net).values()]
+
+    first, again, other = offsets(0, 1), offsets(0, 2), offsets(1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0], first[3])
+
+
+def test_hugging_face_conv1d_is_replaced() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self, nf: int, nx: int) -> None:
+            super().__init__()
+            self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    net = nn.Sequential(Conv1D(48, 16))
+    report = sparsify(net, [{"match": "0", "sparsity": 0.5}])
+    assert (report.layers[0].out_features, report.layers[0].in_features) == (48, 16)
+    assert isinstance(net[0], DiagonalLinear)
+
+
+def test_a_subclass_of_linear_is_left_alone() -> None:
+    """nn.MultiheadAttention reads out_proj.weight; swapping it would break the call."""
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4), "fc": nn.Linear(32, 32)})
+    report = sparsify(net, [{"match": "*", "sparsity": 0.9}])
+    assert [r.name for r in report.layers] == ["fc"]
+
+
+def _tied() -> nn.Module:
+    net = nn.ModuleDict({"embed": nn.Embedding(64, 32), "head": nn.Linear(32, 64)})
+    net["head"].weight = net["embed"].weight
+    return net
+
+
+@pytest.mark.parametrize(
+    ("model", "rule", "message"),
+    [
+        (Net, {"match": "blocks.*.fc3", "sparsity": 0.9}, r"'blocks\.\*\.fc3' matches no linear layer.*blocks\.0\.fc2"),
+        (Net, {"match": "head", "sparsity": 0.9, "band": 7}, r"layer head \(rule 'head'\): band=7"),
+        (Net, {"match": "head", "sparsity": 1.0}, r"sparsity 1.0 must be in \[0, 1\)"),
+        (Net, {"match": "head", "sparsity": 0.9, "pattern": "hexagon"}, "pattern 'hexagon' is unknown"),
+        (Net, {"match": "head", "sparsity": 0.9, "bands": 1}, "knows only match, sparsity, pattern, band"),
+        (Net, {"match": "head"}, "needs match and sparsity"),
+        (_tied, {"match": "head", "sparsity": 0.9}, "layer head shares its weight"),
+    ],
+)
+def test_bad_rules_are_named(model: type, rule: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sparsify(model(), [rule])
+
+
+def test_unknown_budget() -> None:
+    with pytest.raises(ValueError, match="budget 'fair' is unknown; choose one of uniform, erk"):
+        sparsify(Net(), [{"match": "head", "sparsity": 0.9}], budget="fair")
+
+
+@pytest.mark.parametrize("budget", ["uniform", "erk", "compute_fraction"])
+@pytest.mark.parametrize("density", [0.1, 0.4, 0.9])
+def test_budgets_keep_the_total(budget: str, density: float) -> None:
+    shapes = [(768, 768), (3072, 768), (768, 3072), (10, 768)]
+    result = densities(budget, shapes, [density] * 4)
+    assert all(0 < d <= 1 for d in result)
+    kept = sum(d * m * n for d, (m, n) in zip(result, shapes, strict=True))
+    assert kept == pytest.approx(density * sum(m * n for m, n in shapes), rel=1e-12)
+
+
+def test_budgets_follow_their_formula() -> None:
+    shapes = [(64, 64), (256, 64)]
+    erk = densities("erk", shapes, [0.1, 0.1])
+    assert erk[0] / erk[1] == pytest.approx((128 / 64**2) / (320 / (256 * 64)))
+    compute = densities("compute_fraction", shapes, [0.1, 0.1])
+    assert compute[1] / compute[0] == pytest.approx(4)
+    assert densities("uniform", shapes, [0.1, 0.3]) == [0.1, 0.3]
+    # A layer that would be more than dense is capped, and the others get what it cannot take.
+    capped = densities("compute_fraction", [(10, 10), (100, 100)], [0.995, 0.995])
+    assert capped[1] == 1.0
+    assert capped[0] == pytest.approx(1 - 0.005 * 10100 / 100)

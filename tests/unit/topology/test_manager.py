@@ -1,0 +1,249 @@
+"""Topology in one process: what an update does to offsets, values and optimiser state, and when."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dst_train.sparse import DiagonalLinear, sparsify
+from dst_train.topology import Topology, editor_for
+
+
+def _model(band: int = 1) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16), nn.GELU(), nn.Linear(16, 4))
+    sparsify(model, [{"match": "[02]", "sparsity": 0.75, "band": band}])
+    return model
+
+
+def _train(model: nn.Module, topology: Topology, optimizer: torch.optim.Optimizer, steps: int, accumulation: int = 1) -> list[Any]:
+    torch.manual_seed(1)
+    updates = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for x in torch.randn(12, 16).chunk(accumulation):
+            (model(x).square().mean() / accumulation).backward()
+        optimizer.step()
+        updates.append(topology.step())
+    return updates
+
+
+def _start(method: str = "rigl", accumulation: int = 1, band: int = 1, **kwargs: Any) -> tuple[nn.Sequential, Topology, torch.optim.Optimizer]:
+    model = _model(band)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    kwargs = {"every": 2, "total_steps": 40, **kwargs}
+    topology = Topology(model, method=method, accumulation=accumulation, **kwargs).bind(optimizer)
+    return model, topology, optimizer
+
+
+@pytest.mark.parametrize("band", [1, 4])
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_survivors_are_untouched_and_regrown_rows_are_reset(method: str, band: int) -> None:
+    model, topology, optimizer = _start(method, band=band)
+    layers = [m for m in model if isinstance(m, DiagonalLinear)]
+    _train(model, topology, optimizer, 1)
+    seen: list[dict[str, Tensor]] = []
+
+    def snapshot(*_: Any) -> None:
+        seen[:] = [
+            {"offsets": m.offsets.clone(), "values": m.values.detach().clone(), **{k: v.clone() for k, v in optimizer.state[m.values].items()}}
+            for m in layers
+        ]
+
+    optimizer.register_step_post_hook(snapshot)
+    (update,) = _train(model, topology, optimizer, 1)
+    assert update.number == 1
+    for change, layer, before in zip(update.layers, layers, seen, strict=True):
+        after = optimizer.state[layer.values]
+        changed = layer.offsets != before["offsets"]
+        magnitude = before["values"].abs().view(layer.num_active, -1).double().sum(1)
+        count = round(topology.drop_fraction / 2 * (1 + torch.cos(torch.tensor(torch.pi * 2 / 30)).item()) * layer.num_active)
+        assert len(change.grown) == len(change.dropped) == changed.sum() == count > 0
+        # The dropped ones are those with the smallest mean |value|, and were active; the grown ones were not.
+        assert set(change.dropped) == set(before["offsets"][magnitude.argsort()[:count]].tolist())
+        assert not set(change.grown) & set(before["offsets"].tolist())
+        assert set(change.active) == set(layer.offsets.tolist()) == (set(before["offsets"].tolist()) - set(change.dropped)) | set(change.grown)
+        rows = changed.repeat_interleave(band)
+        for key, now in {"values": layer.values, "exp_avg": after["exp_avg"], "exp_avg_sq": after["exp_avg_sq"]}.items():
+            assert torch.equal(now[~rows], before[key][~rows]), key
+        assert not layer.values[rows].any()
+        assert not after["exp_avg"][rows].any()
+        survivors = before["exp_avg_sq"][~rows].double().mean()
+        # One rounding to fp32 of a mean taken in fp64.
+        torch.testing.assert_close(after["exp_avg_sq"][rows].double(), survivors.expand(int(rows.sum()), layer.values.shape[1]), rtol=2**-23, atol=0)
+
+
+def _dense_gradients(model: nn.Sequential, x: Tensor) -> dict[int, Tensor]:
+    """|dW| of each sparse layer by autograd through dense layers of the same weights."""
+    dense = copy.deepcopy(model)
+    for i, m in enumerate(model):
+        if isinstance(m, DiagonalLinear):
+            dense[i] = nn.Linear(m.in_features, m.out_features)
+            dense[i].weight.data = m.to_dense().detach()
+            dense[i].bias.data = m.bias.detach()
+    dense(x).square().mean().backward()
+    return {i: dense[i].weight.grad.abs() for i, m in enumerate(model) if isinstance(m, DiagonalLinear)}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_rigl_grows_where_the_dense_gradient_is_largest(accumulation: int) -> None:
+    model, topology, optimizer = _start(every=1, accumulation=accumulation)
+    torch.manual_seed(1)
+    gradients = _dense_gradients(model, torch.randn(12, 16))
+    offsets = {i: model[i].offsets.tolist() for i in gradients}
+    (update,) = _train(model, topology, optimizer, 1, accumulation)
+    for change, (i, gradient) in zip(update.layers, gradients.items(), strict=True):
+        m, n = gradient.shape
+        scores = torch.zeros(max(m, n))
+        for row in range(m):
+            for column in range(n):
+                scores[(row - column) % m if m >= n else (column - row) % n] += gradient[row, column]
+        scores[offsets[i]] = -1
+        assert set(change.grown) == set(scores.argsort(descending=True)[: len(change.grown)].tolist())
+
+
+def test_local_signal_adds_up_absolute_gradients() -> None:
+    """With one micro-batch on one rank `local` and `exact` are the same thing; with several they need not be."""
+    grown = {}
+    for signal in ("exact", "local"):
+        for accumulation in (1, 3):
+            model, topology, optimizer = _start(every=1, accumulation=accumulation, grow_signal=signal)
+            grown[signal, accumulation] = [u.grown for u in _train(model, topology, optimizer, 1, accumulation)[0].layers]
+    assert grown["exact", 1] == grown["local", 1] == grown["exact", 3]
+
+
+def test_schedule() -> None:
+    model, topology, optimizer = _start(every=4, total_steps=20, until=0.5)
+    updates = _train(model, topology, optimizer, 20)
+    assert [i + 1 for i, u in enumerate(updates) if u] == [4, 8]
+    assert [u.number for u in updates if u] == [1, 2]
+    assert updates[3].drop_fraction > updates[7].drop_fraction
+    assert 0 < updates[3].churn <= 0.3
+
+
+def test_static_never_changes() -> None:
+    model, topology, optimizer = _start("static")
+    digest = topology.digest()
+    assert not any(_train(model, topology, optimizer, 8))
+    assert topology.digest() == digest
+
+
+def test_a_skipped_step_postpones_the_update() -> None:
+    model, topology, optimizer = _start(every=2)
+
+    def one(applied: bool) -> Any:
+        optimizer.zero_grad()
+        model(torch.randn(4, 16)).square().mean().backward()
+        return topology.step(applied)
+
+    assert [one(True), one(False), one(False)] == [None] * 3
+    update = one(True)
+    assert update.step == 4
+    assert update.number == 1
+
+
+def test_state_dict_continues_exactly() -> None:
+    model, topology, optimizer = _start("set", every=2)
+    _train(model, topology, optimizer, 5)
+    twin, other, other_optimizer = _start("set", every=2)
+    twin.load_state_dict(model.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(topology.state_dict())
+    assert other.digest() == topology.digest()
+    ours, theirs = _train(model, topology, optimizer, 6), _train(twin, other, other_optimizer, 6)
+    assert [u and u.digest for u in ours] == [u and u.digest for u in theirs]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_sgd_momentum_is_reset() -> None:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    topology = Topology(model, method="set", every=2, total_steps=40).bind(optimizer)
+    before = model[0].offsets.clone()
+    _train(model, topology, optimizer, 2)
+    rows = model[0].offsets != before
+    assert rows.any()
+    assert not optimizer.state[model[0].values]["momentum_buffer"][rows].any()
+
+
+def test_evaluation_between_steps_does_not_count() -> None:
+    model, topology, optimizer = _start(every=1)
+    with torch.no_grad():
+        model(torch.randn(4, 16))
+    assert all(_train(model, topology, optimizer, 2))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"method": "magic"}, "method='magic': choose one of static, set, rigl"),
+        ({"grow_signal": "loud"}, "grow_signal='loud'"),
+        ({"every": 0}, "every=0: must be at least 1"),
+        ({"accumulation": 0}, "accumulation=0"),
+        ({"total_steps": 0}, "total_steps=0"),
+        ({"until": 1.5}, r"until=1.5: must be in \(0, 1\]"),
+        ({"drop_fraction": 0.0}, "drop_fraction=0.0"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Topology(_model(), **{"total_steps": 10, **kwargs})
+
+
+def test_a_dense_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="no sparse layers; call sparsify"):
+        Topology(nn.Linear(4, 4), total_steps=10)
+
+
+def test_binding_errors() -> None:
+    model = _model()
+    topology = Topology(model, total_steps=10)
+    with pytest.raises(RuntimeError, match="before bind"):
+        topology.step()
+    with pytest.raises(TypeError, match="cannot bind a topology to int"):
+        topology.bind(3)
+    with pytest.raises(ValueError, match=r"0\.values is not among the optimiser's parameters"):
+        topology.bind(torch.optim.SGD(model[4].parameters(), lr=0.1))
+
+
+def test_unknown_optimiser_state_is_refused() -> None:
+    model = _model()
+    optimizer = torch.optim.Rprop(model.parameters(), lr=0.1)
+    topology = Topology(model, method="set", every=1, total_steps=10).bind(optimizer)
+    with pytest.raises(ValueError, match=r"optimiser state 'prev' is not known.*use AdamW or SGD"):
+        _train(model, topology, optimizer, 1)
+
+
+def test_a_layer_without_gradient_is_named() -> None:
+    model, topology, optimizer = _start(every=1)
+    model[2].requires_grad_(False)
+    model(torch.randn(4, 16))
+    with pytest.raises(RuntimeError, match="layer 0 received a gradient in 0 of 1 micro-batches"):
+        topology.step()
+
+
+def test_a_shared_layer_is_named() -> None:
+    model, topology, _ = _start(every=1)
+    with pytest.raises(RuntimeError, match="layer 2 was called more than once in a micro-batch"):
+        (model(torch.randn(4, 16)) + model(torch.randn(4, 16))).square().mean().backward()
+    assert topology.steps == 0
+
+
+def test_scores_that_are_not_finite_are_named() -> None:
+    model, topology, optimizer = _start(every=1)
+    model(torch.full((4, 16), float("nan"))).square().mean().backward()
+    with pytest.raises(RuntimeError, match="layer 0: .*not finite at step 1"):
+        topology.step()
+    assert optimizer.state == {}
+
+
+def test_editor_for_a_torch_optimizer() -> None:
+    parameter = nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+    editor = editor_for(torch.optim.AdamW([parameter]))
+    assert editor.row_sums(parameter).tolist() == [[3.0, 7.0], [0.0, 0.0]]
+    editor.reset_rows(parameter, torch.tensor([1]), 0.5)
+    assert parameter.tolist() == [[1.0, -2.0], [0.0, 0.0]]
