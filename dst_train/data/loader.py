@@ -97,10 +97,15 @@ def _loader(dataset: Dataset, order: TrainOrder | EvalOrder, num_workers: int) -
 def _batches(loader: DataLoader) -> Iterator[Any]:
     with recorded():
         iterator = iter(loader)
-    for batch in iterator:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        for batch in iterator:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        # the last reference: an iterator that the garbage collector finds in the cycle of an exception has lost the
+        # queues by which it ends its workers, and waits ten seconds for each
+        del iterator
 
 
 def _as_is(batch: T) -> T:

@@ -36,6 +36,7 @@ class SampleStore:
 
     def __init__(self, pattern: str, cache_dir: str | None = None) -> None:
         """Raises DataError if a shard is missing or damaged, or a sample has no image or label."""
+        self._open: OrderedDict[int, FileIO] = OrderedDict()
         self._shards = local_shards(pattern, cache_dir)
         self._extensions: list[str] = []
         indexes = [load_index(shard, cache_dir) for shard in self._shards]
@@ -44,10 +45,13 @@ class SampleStore:
         # arrays, since millions of Python objects would be copied into every worker
         self._table = np.array(rows, np.int64).reshape(-1, 6)
         self._keys = np.array([key.encode() for samples in indexes for key, _ in samples])
-        self._open: OrderedDict[int, FileIO] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def __del__(self) -> None:
+        for file in self._open.values():
+            file.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}

