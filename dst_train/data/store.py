@@ -39,12 +39,11 @@ class SampleStore:
         self._open: OrderedDict[int, FileIO] = OrderedDict()
         self._shards = local_shards(pattern, cache_dir)
         self._extensions: list[str] = []
-        indexes = [load_index(shard, cache_dir) for shard in self._shards]
-        self._sizes = [len(samples) for samples in indexes]
-        rows = [self._row(number, sample) for number, samples in enumerate(indexes) for sample in samples]
-        # arrays, since millions of Python objects would be copied into every worker
-        self._table = np.array(rows, np.int64).reshape(-1, 6)
-        self._keys = np.array([key.encode() for samples in indexes for key, _ in samples])
+        # arrays, shard by shard: Python objects for a million samples are slow to build and copied into every worker
+        tables = [self._rows(number, load_index(shard, cache_dir)) for number, shard in enumerate(self._shards)]
+        self._sizes = [len(keys) for _, keys in tables]
+        self._table = np.concatenate([rows for rows, _ in tables])
+        self._keys = np.concatenate([keys for _, keys in tables])
 
     def __len__(self) -> int:
         return len(self._table)
@@ -70,6 +69,11 @@ class SampleStore:
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""
         return f"shard {self._shards[self._table[index, 0]]}, sample {self._keys[index].decode()}"
+
+    def _rows(self, number: int, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
+        """Places, int64 [samples, 6], and keys of one shard."""
+        rows = np.array([self._row(number, sample) for sample in samples], np.int64).reshape(-1, 6)
+        return rows, np.array([key.encode() for key, _ in samples], np.bytes_)
 
     def _row(self, number: int, sample: Sample) -> tuple[int, ...]:
         key, members = sample

@@ -15,6 +15,7 @@ from dst_train.job import BatchPlan
 @pytest.fixture
 def folder(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
+    noise[7] = noise[6]
     write_shards(tmp_path, "rgb", noise, range(8), 4, "jpeg")
     return tmp_path
 
@@ -50,6 +51,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(colour_job):
         dict(zip(torch.cat([y for _, y in half]).tolist(), torch.cat([x for x, _ in half]), strict=True))
         for half in (whole[:2], whole[2:], steps(colour_job(seed=1))[:2])
     ]
+    assert not torch.equal(by_label[0][6], by_label[0][7])
     for label in range(8):
         first, second_epoch, other_seed = (images[label] for images in by_label)
         assert not torch.equal(first, second_epoch)

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ def index_of(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.json")
 
 
-def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -181,22 +182,23 @@ def test_index_of_a_read_only_folder(shards, tmp_path, monkeypatch):
 
 def test_processes_may_build_an_index_together(tmp_path):
     shard = write_shards(tmp_path, "a", np.zeros((400, 8, 8), np.uint8), [0] * 400, 400)[0]
-    start = multiprocessing.get_context("fork").Barrier(4)
     context = multiprocessing.get_context("fork")
-    with context.Pool(4, initializer=_remember, initargs=(start,)) as pool:
+    with context.Pool(4, initializer=_set_barrier, initargs=(context.Barrier(4),)) as pool:
         found = pool.map(_build_together, [shard] * 4, chunksize=1)
     assert all(samples == found[0] for samples in found)
     assert len(found[0]) == 400
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-000000.tar", "a-000000.tar.index.json"]
 
 
-def _remember(barrier):
-    global _barrier
-    _barrier = barrier
+_start: list[Barrier] = []
+
+
+def _set_barrier(barrier):
+    _start.append(barrier)
 
 
 def _build_together(shard):
-    _barrier.wait(timeout=30)
+    _start[0].wait(timeout=30)
     return load_index(shard)
 
 
@@ -279,7 +281,9 @@ def test_a_run_of_corrupt_samples_is_not_replaced(make_job, shards):
 def test_wrong_size_and_wrong_label_are_bad_samples(make_job, tmp_path):
     big = write_shards(tmp_path, "big", np.zeros((4, 29, 28), np.uint8), range(4), 4)[0]
     with tarfile.open(big) as tar:
-        image = tar.extractfile("00000000.png").read()
+        stored = tar.extractfile("00000000.png")
+        assert stored is not None
+        image = stored.read()
     named = write_tar(tmp_path / "named.tar", {"a.png": image, "a.cls": b"cat"})
     for shard, count, message in (
         (big, 4, r"the image is 28 x 29, digits are 28 x 28"),

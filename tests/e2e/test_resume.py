@@ -1,0 +1,160 @@
+"""A job stopped and continued equals the job that ran through, to the bit; damaged checkpoints are not trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[2]
+STEP_20, STEP_10 = "step-00000020", "step-00000010"
+
+
+def _content(checkpoint: Path) -> dict[str, Any]:
+    """Every tensor and number that DeepSpeed and we wrote, by file and path."""
+    found: dict[str, Any] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{path}/{key}", inner)
+        elif isinstance(value, list | tuple):
+            for i, inner in enumerate(value):
+                walk(f"{path}/{i}", inner)
+        elif isinstance(value, torch.Tensor | int | float | bool | str):
+            found[path] = value
+
+    for file in sorted(checkpoint.glob("*.pt")):
+        walk(file.name, torch.load(file, map_location="cpu", weights_only=False))
+    return found
+
+
+def _assert_equal(left: Path, right: Path) -> None:
+    one, other = _content(left), _content(right)
+    # Paths and times differ between two runs; everything that training reads does not.
+    assert one.keys() == other.keys()
+    assert sum(isinstance(v, torch.Tensor) for v in one.values()) > 10
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[key]), key
+        else:
+            assert value == other[key] or value != value, key
+    facts = [json.loads((p / "manifest.json").read_text()) for p in (left, right)]
+    assert facts[0]["topology_digest"] == facts[1]["topology_digest"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deepspeed__zero_optimization": {"stage": 1}},
+        {"deepspeed__zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        {"deepspeed__zero_optimization": {"stage": 2}, "train__precision": "bf16"},
+        {"deepspeed__zero_optimization": {"stage": 0}},
+    ],
+    ids=["zero1", "zero3", "zero2-bf16", "zero0"],
+)
+def test_10_and_10_steps_equal_20_bitwise(write_job: Any, run_job: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole = write_job(name="whole", data__num_workers=0, **changes)
+    assert run_job(whole).returncode == 0
+    halves = write_job(name="halves", **changes)
+    first = run_job(halves, "--stop-at", "10")
+    assert first.returncode == 0, first.stderr
+    assert "stopped, run the same command to continue at step 10" in first.stdout
+    second = run_job(halves)
+    assert second.returncode == 0, second.stderr
+    assert "resumed" in second.stdout
+    runs = tmp_path / "runs"
+    _assert_equal(runs / "whole/checkpoints" / STEP_20, runs / "halves/checkpoints" / STEP_20)
+
+    # What people see continues too: each step once, the same numbers, the same topology lines.
+    series = {name: _scalars(runs / name, "train/loss") for name in ("whole", "halves")}
+    assert [step for step, _ in series["halves"]] == list(range(1, 21))
+    assert series["halves"] == series["whole"]
+    assert _scalars(runs / "halves", "train/lr") == _scalars(runs / "whole", "train/lr")
+    assert (runs / "halves/topology.jsonl").read_text() == (runs / "whole/topology.jsonl").read_text()
+
+
+def _scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+def test_damaged_checkpoints_are_passed_over(write_job: Any, run_job: Any, tmp_path: Path) -> None:
+    job = write_job(checkpoint__every_steps=5, checkpoint__keep=2)
+    assert run_job(job, "--stop-at", "15").returncode == 0
+    checkpoints = tmp_path / "runs/small/checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir() if p.is_dir()) == [STEP_10, "step-00000015"]
+    assert (checkpoints / "latest").read_text() == "step-00000015"
+
+    shard = next((checkpoints / "step-00000015").glob("*optim_states.pt"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    result = run_job(job, "--stop-at", "12")
+    assert f"{shard.name} does not have the sha256 of the manifest; taking the one before" in result.stdout
+    assert "resumed" in result.stdout
+    assert "at step 10 of 20" in result.stdout
+
+    for folder in checkpoints.glob("step-*"):
+        (folder / "manifest.json").write_text("{")
+    result = run_job(job)
+    assert result.returncode != 0
+    assert "no checkpoint under" in result.stderr
+    assert "unreadable manifest" in result.stderr
+
+
+def test_what_a_checkpoint_means_cannot_be_changed(write_job: Any, run_job: Any, tmp_path: Path) -> None:
+    assert run_job(write_job(), "--stop-at", "2").returncode == 0
+    changed = run_job(write_job(optimizer__lr=0.1, seed=3), "--stop-at", "3")
+    assert changed.returncode != 0
+    assert "optimizer.lr: 0.003 -> 0.1; seed: 0 -> 3. Change it back" in changed.stderr
+    never = run_job(write_job(checkpoint__resume="never"), "--stop-at", "3")
+    assert "already holds step-00000002 and checkpoint.resume is never" in never.stderr
+    other_world = run_job(write_job(), "--stop-at", "3", ranks=1)
+    assert "was written by 2 ranks and this run has 1; start it on 2 ranks" in other_world.stderr
+    allowed = run_job(write_job(monitor__every_steps=2), "--stop-at", "3")
+    assert allowed.returncode == 0
+    assert "resuming with monitor.every_steps: 1 -> 2" in allowed.stdout
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(write_job: Any, run_job: Any, tmp_path: Path) -> None:
+    """SIGKILL leaves a staging directory at worst; SIGTERM to one rank stops all of them with a checkpoint."""
+    job = write_job(train__steps=4000, checkpoint__every_steps=5)
+    checkpoints = tmp_path / "runs/small/checkpoints"
+    command = [sys.executable, str(ROOT / "launch/train.py"), "--job", str(job)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait(lambda: (checkpoints / "latest").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    shutil.copytree(checkpoints / (checkpoints / "latest").read_text(), checkpoints / "step-00099999.partial")
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+        assert "99999" not in line
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "stopped, run the same command to continue" in output
+
+
+def _wait(condition: Any, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
