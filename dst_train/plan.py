@@ -59,7 +59,7 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     if check_data:
         for split in (job.data.train, job.data.eval):
             if split is not None:
-                data.check(split)
+                data.check(split, job.data.cache_dir)
     model = models.build(job.model, seed=job.seed)
     sample = _sample(job)
     dense_flops = _flops(model, sample)

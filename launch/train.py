@@ -10,7 +10,9 @@ import sys
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a job.")
     parser.add_argument("--job", required=True, help="the job's YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key of the job")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key of the job"
+    )
     parser.add_argument("--stop-at", type=int, metavar="STEP", help="end after this optimiser step with a checkpoint")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher, not used")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 DIGIT_SIZE = 28
 DIGIT_MEAN, DIGIT_STD = 0.1307, 0.3081
@@ -16,7 +17,7 @@ DIGIT_MEAN, DIGIT_STD = 0.1307, 0.3081
 
 def sample_shape(name: str) -> tuple[int, int, int]:
     """Channels, height and width of what the transform of that name makes."""
-    return (1, DIGIT_SIZE, DIGIT_SIZE) if name == "digits" else (3, 224, 224)
+    return (1, DIGIT_SIZE, DIGIT_SIZE) if name.startswith("digits") else (3, 224, 224)
 
 
 class Transform(NamedTuple):
@@ -31,6 +32,7 @@ def transform(name: str) -> Transform:
 
     digits: 28 x 28 grey image -> [1, 28, 28], (x / 255 - 0.1307) / 0.3081 (mean and deviation of MNIST's training
         set); no augmentation.
+    digits_train: the same after a random rotation of up to 10 degrees, shift of 10 % and scale of 0.9 to 1.1.
     imagenet_train: -> [3, 224, 224]; random resized crop (bicubic), flip, RandAugment rand-m9-mstd0.5-inc1, random
         erasing 0.25 of pixels, ImageNet mean and deviation. DynaDiag (arXiv 2506.11449) states no augmentation for its
         ViTs: these are DeiT's settings (arXiv 2012.12877, table 9), without mixup and cutmix.
@@ -38,6 +40,9 @@ def transform(name: str) -> Transform:
     """
     if name == "digits":
         return Transform("pill", digits)
+    if name == "digits_train":
+        affine = RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)
+        return Transform("pill", Compose([affine, digits]))
     if name == "imagenet_train":
         train = create_transform(
             224,
@@ -50,7 +55,7 @@ def transform(name: str) -> Transform:
         return Transform("pilrgb", train)
     if name == "imagenet_eval":
         return Transform("pilrgb", create_transform(224, interpolation="bicubic", crop_pct=0.9))
-    raise ValueError(f"unknown transform {name!r}: use digits, imagenet_train or imagenet_eval")
+    raise ValueError(f"unknown transform {name!r}: use digits, digits_train, imagenet_train or imagenet_eval")
 
 
 def digits(image: Image.Image) -> torch.Tensor:

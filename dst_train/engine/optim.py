@@ -14,7 +14,8 @@ from dst_train.job import BatchPlan, Job
 
 def build_optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD in two groups: matrices decay, vectors (biases, norms, scales) do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.dim() >= 2 else plain).append(parameter)

@@ -41,7 +41,9 @@ class DeepSpeedEditor:
         self._stage = engine.zero_optimization_stage()
         self._world_size = world_size
         if self._stage == 0 and not isinstance(engine.optimizer, torch.optim.Optimizer):
-            raise ValueError("ZeRO stage 0 with bf16 or fp16 parameters is not supported; use stage 1, 2 or 3, or autocast")
+            raise ValueError(
+                "ZeRO stage 0 with bf16 or fp16 parameters is not supported; use stage 1, 2 or 3, or autocast"
+            )
 
     def check(self, name: str, parameter: nn.Parameter) -> None:
         groups = self._engine.basic_optimizer.param_groups if self._stage == 0 else None

@@ -32,13 +32,16 @@ def check_job(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     Raises:
         JobChangedError: naming every difference that is not.
     """
-    allowed, refused = [], []
+    allowed: list[str] = []
+    refused: list[str] = []
     for key, old, new in _differences(saved, current, ""):
         free = any(key == prefix or key.startswith(prefix + ".") for prefix in MAY_CHANGE)
         (allowed if free else refused).append(f"{key}: {old!r} -> {new!r}")
     if refused:
         raise JobChangedError(
-            "the job is not the one that wrote the checkpoint: " + "; ".join(refused) + ". Change it back, or give the job another name"
+            "the job is not the one that wrote the checkpoint: "
+            + "; ".join(refused)
+            + ". Change it back, or give the job another name"
         )
     return allowed
 

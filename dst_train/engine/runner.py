@@ -67,7 +67,11 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
         state = None if found is None else checkpoints.load(session.engine, found)
         start_step = 0 if state is None else state["trainer"]["step"]
         monitor = Monitor(
-            directory, rank=rank, tensorboard=job.monitor.tensorboard, total_steps=plan.total_steps, start_step=start_step
+            directory,
+            rank=rank,
+            tensorboard=job.monitor.tensorboard,
+            total_steps=plan.total_steps,
+            start_step=start_step,
         )
         for text in pending:
             monitor.message(text)

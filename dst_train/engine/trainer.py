@@ -56,7 +56,12 @@ class Trainer:
         self.last_evaluation: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "bad_samples": self.bad_samples, "skipped": self.skipped, "row": self._skipped_in_a_row}
+        return {
+            "step": self.step,
+            "bad_samples": self.bad_samples,
+            "skipped": self.skipped,
+            "row": self._skipped_in_a_row,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.bad_samples = state["step"], state["bad_samples"]

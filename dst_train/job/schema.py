@@ -71,7 +71,7 @@ class Split(Strict):
     """WebDataset tar shards, with brace ranges and ${ENV}: `${DATA}/train-{000000..000007}.tar`."""
     samples: Positive
     """Samples in all shards together."""
-    transform: Literal["digits", "imagenet_train", "imagenet_eval"]
+    transform: Literal["digits", "digits_train", "imagenet_train", "imagenet_eval"]
 
 
 class Data(Strict):

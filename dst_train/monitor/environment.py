@@ -17,7 +17,7 @@ PACKAGES = ("dst-train", "torch", "deepspeed", "webdataset", "timm", "torchvisio
 
 def environment() -> dict[str, Any]:
     """Versions, devices, git revision of the code, command line, host and time (UTC); plain JSON values."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-import dst_ops
 import torch
 from torch import Tensor, nn
+
+import dst_ops
 
 
 class DiagonalLinear(nn.Module):

@@ -42,11 +42,15 @@ class SparsityReport:
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(r.name) for r in self.layers)])
-        lines = [f"{'layer':<{width}}  {'out x in':>13}  {'pattern':>12}  {'units':>11}  {'density':>7}  {'parameters':>10}"]
+        lines = [
+            f"{'layer':<{width}}  {'out x in':>13}  {'pattern':>12}  {'units':>11}  {'density':>7}  {'parameters':>10}"
+        ]
         for r in self.layers:
             shape, units = f"{r.out_features} x {r.in_features}", f"{r.num_active} / {r.num_units}"
             pattern = r.pattern if r.band == 1 else f"{r.pattern} w={r.band}"
-            lines.append(f"{r.name:<{width}}  {shape:>13}  {pattern:>12}  {units:>11}  {r.density:>7.4f}  {r.parameters:>10,}")
+            lines.append(
+                f"{r.name:<{width}}  {shape:>13}  {pattern:>12}  {units:>11}  {r.density:>7.4f}  {r.parameters:>10,}"
+            )
         lines.append(
             f"model: {self.parameters:,} parameters, {self.dense_parameters:,} when dense; "
             f"density of the sparse layers {self.density:.4f}"

@@ -41,9 +41,7 @@ def sparse_layers(model: nn.Module) -> dict[str, DiagonalLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, DiagonalLinear)}
 
 
-def sparsify(
-    model: nn.Module, rules: Sequence[Any], *, budget: str = "uniform", seed: int = 0
-) -> SparsityReport:
+def sparsify(model: nn.Module, rules: Sequence[Any], *, budget: str = "uniform", seed: int = 0) -> SparsityReport:
     """Replace `nn.Linear` (and Hugging Face `Conv1D`) modules of `model` in place.
 
     For each layer the last rule whose glob matches its name decides. The values start from the layer's own dense
@@ -62,7 +60,9 @@ def sparsify(
     dense = _replaceable(model)
     chosen = _assign(parsed, dense, model)
     density = densities(
-        budget, [tuple(layer.weight.shape) for layer, _ in chosen], [1.0 - rule.sparsity for _, rule in chosen]  # type: ignore[operator, misc]
+        budget,
+        [tuple(layer.weight.shape) for layer, _ in chosen],
+        [1.0 - rule.sparsity for _, rule in chosen],  # type: ignore[operator, misc]
     )
     dense_parameters = sum(p.numel() for p in model.parameters())
     built = [_build(i, layer, rule, d, seed) for i, ((layer, rule), d) in enumerate(zip(chosen, density, strict=True))]
@@ -99,13 +99,13 @@ def _replaceable(model: nn.Module) -> dict[str, _Dense]:
     return found
 
 
-def _assign(
-    rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Module
-) -> list[tuple[_Dense, SparsityRule]]:
+def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Module) -> list[tuple[_Dense, SparsityRule]]:
     for rule in rules:
         if not any(fnmatchcase(name, rule.match) for name in dense):
             near = difflib.get_close_matches(rule.match, list(dense), n=3, cutoff=0.0)
-            raise ValueError(f"rule {rule.match!r} matches no linear layer of the model; it has, for example, {', '.join(near)}")
+            raise ValueError(
+                f"rule {rule.match!r} matches no linear layer of the model; it has, for example, {', '.join(near)}"
+            )
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     chosen = []
     for name, layer in dense.items():
@@ -114,12 +114,16 @@ def _assign(
             continue
         weight = model.get_parameter(f"{name}.weight")
         if owners[id(weight)] > 1:
-            raise ValueError(f"layer {name} shares its weight with another module; keep it dense: add a rule with sparsity: null")
+            raise ValueError(
+                f"layer {name} shares its weight with another module; keep it dense: add a rule with sparsity: null"
+            )
         chosen.append((layer, last))
     return chosen
 
 
-def _build(index: int, layer: _Dense, rule: SparsityRule, density: float, seed: int) -> tuple[LayerReport, DiagonalLinear]:
+def _build(
+    index: int, layer: _Dense, rule: SparsityRule, density: float, seed: int
+) -> tuple[LayerReport, DiagonalLinear]:
     out_features, in_features = layer.weight.shape
     try:
         # The constructor's own draw from the global generator is overwritten below: leave no trace of it.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import dst_ops
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+import dst_ops
 from dst_train.sparse import DiagonalLinear
 from dst_train.topology.ranks import Ranks
 

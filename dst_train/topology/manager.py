@@ -208,7 +208,9 @@ class Topology:
             k, n = layer.num_active, layer.num_units
             part, flat = flat[: 2 * k + n], flat[2 * k + n :]
             if not bool(part.isfinite().all()):
-                raise RuntimeError(f"layer {name}: values, second moments or growth signal are not finite at step {self.steps}")
+                raise RuntimeError(
+                    f"layer {name}: values, second moments or growth signal are not finite at step {self.steps}"
+                )
             result[name] = (part[:k], part[k : 2 * k], part[2 * k :])
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group() if dist.is_available() and dist.is_initialized() else None
+        self._group: Any = dist.new_group() if dist.is_available() and dist.is_initialized() else None
         self.world_size = dist.get_world_size() if self._group is not None else 1
         self.rank = dist.get_rank() if self._group is not None else 0
 

@@ -48,7 +48,11 @@ def write_job(tmp_path: Path, digit_shards: Path) -> Write:
             "sparsity": {"rules": [{"match": "layers.*", "sparsity": 0.9}]},
             "topology": {"method": "rigl", "update": {"every": 3, "until": 0.9}},
             "data": {
-                "train": {"shards": f"{digit_shards}/train-{{000000..000003}}.tar", "samples": 96, "transform": "digits"},
+                "train": {
+                    "shards": f"{digit_shards}/train-{{000000..000003}}.tar",
+                    "samples": 96,
+                    "transform": "digits",
+                },
                 "eval": {"shards": f"{digit_shards}/eval-000000.tar", "samples": 21, "transform": "digits"},
             },
             "train": {"steps": 20, "batch_size": 16, "micro_batch_size": 4, "precision": "fp32", "clip_grad_norm": 1.0},

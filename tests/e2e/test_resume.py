@@ -63,7 +63,9 @@ def _assert_equal(left: Path, right: Path) -> None:
     ],
     ids=["zero1", "zero3", "zero2-bf16", "zero0"],
 )
-def test_10_and_10_steps_equal_20_bitwise(write_job: Any, run_job: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_10_and_10_steps_equal_20_bitwise(
+    write_job: Any, run_job: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     whole = write_job(name="whole", data__num_workers=0, **changes)
     assert run_job(whole).returncode == 0
     halves = write_job(name="halves", **changes)

@@ -29,7 +29,13 @@ def test_last_rule_wins_and_null_keeps_a_layer_dense() -> None:
             SparsityRule("blocks.1.fc2", None),
         ],
     )
-    assert [r.name for r in report.layers] == ["blocks.0.proj", "blocks.0.fc1", "blocks.0.fc2", "blocks.1.proj", "blocks.1.fc1"]
+    assert [r.name for r in report.layers] == [
+        "blocks.0.proj",
+        "blocks.0.fc1",
+        "blocks.0.fc2",
+        "blocks.1.proj",
+        "blocks.1.fc1",
+    ]
     assert type(net.head) is nn.Linear
     assert type(net.blocks[1]["fc2"]) is nn.Linear
     proj, fc1 = net.blocks[0]["proj"], net.blocks[0]["fc1"]

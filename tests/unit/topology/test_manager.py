@@ -20,7 +20,9 @@ def _model(band: int = 1) -> nn.Sequential:
     return model
 
 
-def _train(model: nn.Module, topology: Topology, optimizer: torch.optim.Optimizer, steps: int, accumulation: int = 1) -> list[Any]:
+def _train(
+    model: nn.Module, topology: Topology, optimizer: torch.optim.Optimizer, steps: int, accumulation: int = 1
+) -> list[Any]:
     torch.manual_seed(1)
     updates = []
     for _ in range(steps):
@@ -32,7 +34,9 @@ def _train(model: nn.Module, topology: Topology, optimizer: torch.optim.Optimize
     return updates
 
 
-def _start(method: str = "rigl", accumulation: int = 1, band: int = 1, **kwargs: Any) -> tuple[nn.Sequential, Topology, torch.optim.Optimizer]:
+def _start(
+    method: str = "rigl", accumulation: int = 1, band: int = 1, **kwargs: Any
+) -> tuple[nn.Sequential, Topology, torch.optim.Optimizer]:
     model = _model(band)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     kwargs = {"every": 2, "total_steps": 40, **kwargs}
@@ -50,7 +54,11 @@ def test_survivors_are_untouched_and_regrown_rows_are_reset(method: str, band: i
 
     def snapshot(*_: Any) -> None:
         seen[:] = [
-            {"offsets": m.offsets.clone(), "values": m.values.detach().clone(), **{k: v.clone() for k, v in optimizer.state[m.values].items()}}
+            {
+                "offsets": m.offsets.clone(),
+                "values": m.values.detach().clone(),
+                **{k: v.clone() for k, v in optimizer.state[m.values].items()},
+            }
             for m in layers
         ]
 
@@ -61,20 +69,35 @@ def test_survivors_are_untouched_and_regrown_rows_are_reset(method: str, band: i
         after = optimizer.state[layer.values]
         changed = layer.offsets != before["offsets"]
         magnitude = before["values"].abs().view(layer.num_active, -1).double().sum(1)
-        count = round(topology.drop_fraction / 2 * (1 + torch.cos(torch.tensor(torch.pi * 2 / 30)).item()) * layer.num_active)
+        count = round(
+            topology.drop_fraction / 2 * (1 + torch.cos(torch.tensor(torch.pi * 2 / 30)).item()) * layer.num_active
+        )
         assert len(change.grown) == len(change.dropped) == changed.sum() == count > 0
         # The dropped ones are those with the smallest mean |value|, and were active; the grown ones were not.
         assert set(change.dropped) == set(before["offsets"][magnitude.argsort()[:count]].tolist())
         assert not set(change.grown) & set(before["offsets"].tolist())
-        assert set(change.active) == set(layer.offsets.tolist()) == (set(before["offsets"].tolist()) - set(change.dropped)) | set(change.grown)
+        assert (
+            set(change.active)
+            == set(layer.offsets.tolist())
+            == (set(before["offsets"].tolist()) - set(change.dropped)) | set(change.grown)
+        )
         rows = changed.repeat_interleave(band)
-        for key, now in {"values": layer.values, "exp_avg": after["exp_avg"], "exp_avg_sq": after["exp_avg_sq"]}.items():
+        for key, now in {
+            "values": layer.values,
+            "exp_avg": after["exp_avg"],
+            "exp_avg_sq": after["exp_avg_sq"],
+        }.items():
             assert torch.equal(now[~rows], before[key][~rows]), key
         assert not layer.values[rows].any()
         assert not after["exp_avg"][rows].any()
         survivors = before["exp_avg_sq"][~rows].double().mean()
         # One rounding to fp32 of a mean taken in fp64.
-        torch.testing.assert_close(after["exp_avg_sq"][rows].double(), survivors.expand(int(rows.sum()), layer.values.shape[1]), rtol=2**-23, atol=0)
+        torch.testing.assert_close(
+            after["exp_avg_sq"][rows].double(),
+            survivors.expand(int(rows.sum()), layer.values.shape[1]),
+            rtol=2**-23,
+            atol=0,
+        )
 
 
 def _dense_gradients(model: nn.Sequential, x: Tensor) -> dict[int, Tensor]:
@@ -112,7 +135,9 @@ def test_local_signal_adds_up_absolute_gradients() -> None:
     for signal in ("exact", "local"):
         for accumulation in (1, 3):
             model, topology, optimizer = _start(every=1, accumulation=accumulation, grow_signal=signal)
-            grown[signal, accumulation] = [u.grown for u in _train(model, topology, optimizer, 1, accumulation)[0].layers]
+            grown[signal, accumulation] = [
+                u.grown for u in _train(model, topology, optimizer, 1, accumulation)[0].layers
+            ]
     assert grown["exact", 1] == grown["local", 1] == grown["exact", 3]
 
 
@@ -219,7 +244,7 @@ def test_unknown_optimiser_state_is_refused() -> None:
 
 
 def test_a_layer_without_gradient_is_named() -> None:
-    model, topology, optimizer = _start(every=1)
+    model, topology, _ = _start(every=1)
     model[2].requires_grad_(False)
     model(torch.randn(4, 16))
     with pytest.raises(RuntimeError, match="layer 0 received a gradient in 0 of 1 micro-batches"):
@@ -236,7 +261,7 @@ def test_a_shared_layer_is_named() -> None:
 def test_scores_that_are_not_finite_are_named() -> None:
     model, topology, optimizer = _start(every=1)
     model(torch.full((4, 16), float("nan"))).square().mean().backward()
-    with pytest.raises(RuntimeError, match="layer 0: .*not finite at step 1"):
+    with pytest.raises(RuntimeError, match=r"layer 0: .*not finite at step 1"):
         topology.step()
     assert optimizer.state == {}
 
