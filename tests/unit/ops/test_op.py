@@ -1,0 +1,209 @@
+"""Numbers of the op and its gradients against the dense weight written out with loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dst_ops
+from tests.unit.ops.oracle import CASES, case, dense
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def _expected(c: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """y, dx, dvalues, dbias through the dense weight, computed in `dtype`."""
+    m, n, band = c["sizes"]["out_features"], c["sizes"]["in_features"], c["sizes"]["band"]
+    weight = dense(c["values"], c["offsets"].tolist(), m, n, band).to(dtype)
+    x, dy = c["x"].reshape(-1, n).to(dtype), c["dy"].reshape(-1, m).to(dtype)
+    dweight = dy.t() @ x
+    rows = []
+    for unit in c["offsets"].tolist():
+        for o in range(unit * band, unit * band + band):
+            at = [((j + o) % m, j) if m >= n else (j, (j + o) % n) for j in range(min(m, n))]
+            rows.append(torch.stack([dweight[a] for a in at]))
+    return {
+        "y": (x @ weight.t() + c["bias"].to(dtype)).reshape(*c["dy"].shape),
+        "dx": (dy @ weight).reshape(c["x"].shape),
+        "dvalues": torch.stack(rows),
+        "dbias": dy.sum(0),
+    }
+
+
+def _actual(c: dict[str, Any]) -> dict[str, Tensor]:
+    x, values, bias = (c[k].detach().requires_grad_() for k in ("x", "values", "bias"))
+    y = dst_ops.diagonal_linear(x, values, c["offsets"], bias, **c["sizes"])
+    dx, dvalues, dbias = torch.autograd.grad(y, (x, values, bias), c["dy"])
+    return {"y": y.detach(), "dx": dx, "dvalues": dvalues, "dbias": dbias}
+
+
+def _assert_as_good_as_dense(c: dict[str, Any]) -> None:
+    """Error against fp64 at most twice that of the dense computation in the same dtype, plus one rounding of the result.
+
+    The dense product may be exact by luck, so n roundings of our sums (fp32, or fp64) of n terms come on top.
+    """
+    truth, plain, actual = _expected(c, torch.float64), _expected(c, c["x"].dtype), _actual(c)
+    for name, value in actual.items():
+        assert value.dtype == c["x"].dtype, name
+        assert value.shape == truth[name].shape, name
+        if value.numel() == 0:
+            continue
+        scale = truth[name].abs().max() + 1
+        terms = max(*c["sizes"].values(), c["x"].numel() // c["x"].shape[-1])
+        rounding = terms * torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps + 2 * torch.finfo(value.dtype).eps
+        bound = 2 * (plain[name].double() - truth[name]).abs().max() + rounding * scale
+        assert (value.double() - truth[name]).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_forward_and_gradients(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    _assert_as_good_as_dense(case(*shape, dtype))
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (3, 0), (2, 3, 4), (17,), (33,)], ids=str)
+@pytest.mark.parametrize("shape", [(24, 60, 9, 1), (60, 24, 9, 1), (32, 32, 2, 4)], ids=str)
+def test_batches(shape: tuple[int, int, int, int], batch: tuple[int, ...]) -> None:
+    _assert_as_good_as_dense(case(*shape, torch.float32, batch))
+
+
+def test_non_contiguous_inputs() -> None:
+    c = case(24, 60, 9, 1, torch.float32, (6, 8))
+    whole = _actual(c)
+    c["x"], c["dy"] = c["x"].transpose(0, 1).contiguous().transpose(0, 1), c["dy"][:, ::1].clone().as_strided((6, 8, 24), (192, 24, 1))
+    c["values"] = c["values"].t().contiguous().t()
+    strided = _actual(c)
+    assert not c["x"].is_contiguous()
+    assert not c["values"].is_contiguous()
+    assert all(torch.equal(whole[k], strided[k]) for k in whole)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 70),
+    n=st.integers(1, 70),
+    band=st.sampled_from([1, 1, 2, 3, 8, 16]),
+    share=st.floats(0, 1),
+    rows=st.integers(0, 20),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(m: int, n: int, band: int, share: float, rows: int, seed: int) -> None:
+    if m >= n:
+        m = -(-m // band) * band
+    else:
+        n = -(-n // band) * band
+    units = max(m, n) // band
+    _assert_as_good_as_dense(case(m, n, max(1, round(share * units)), band, torch.float32, (rows,), seed))
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3, 1), (5, 7, 3, 1), (6, 6, 1, 2)], ids=str)
+def test_first_and_second_derivatives(shape: tuple[int, int, int, int]) -> None:
+    c = case(*shape, torch.float64, (3,))
+    inputs = [c[k].requires_grad_() for k in ("x", "values", "bias")]
+
+    def op(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return dst_ops.diagonal_linear(x, values, c["offsets"], bias, **c["sizes"])
+
+    assert torch.autograd.gradcheck(op, inputs)
+    assert torch.autograd.gradgradcheck(op, inputs)
+
+
+@pytest.mark.parametrize("shape", [(100, 300, 20, 1), (300, 100, 20, 1), (96, 96, 2, 16)], ids=str)
+def test_bits_do_not_depend_on_threads_or_slots(shape: tuple[int, int, int, int]) -> None:
+    c = case(*shape, torch.float32, (37,))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(_actual(c))
+    finally:
+        torch.set_num_threads(before)
+    order = torch.randperm(c["offsets"].numel(), generator=torch.Generator().manual_seed(1))
+    rows = (order[:, None] * c["sizes"]["band"] + torch.arange(c["sizes"]["band"])).flatten()
+    moved = _actual({**c, "offsets": c["offsets"][order], "values": c["values"][rows]})
+    for other in results[1:]:
+        assert all(torch.equal(results[0][k], other[k]) for k in other)
+    assert torch.equal(moved["y"], results[0]["y"])
+    assert torch.equal(moved["dx"], results[0]["dx"])
+    assert torch.equal(moved["dvalues"], results[0]["dvalues"][rows])
+
+
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_dense_round_trip(shape: tuple[int, int, int, int]) -> None:
+    c = case(*shape, torch.float64)
+    weight = dst_ops.to_dense(c["values"], c["offsets"], **c["sizes"])
+    assert torch.equal(weight, dense(c["values"], c["offsets"].tolist(), *shape[:2], shape[3]))
+    assert torch.equal(dst_ops.from_dense(weight, c["offsets"], band=shape[3]), c["values"])
+
+
+def _call(**changes: Any) -> Tensor:
+    c = case(12, 8, 3, 2, torch.float32)
+    arguments = {**{k: c[k] for k in ("x", "values", "offsets", "bias")}, **c["sizes"], **changes}
+    return dst_ops.diagonal_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(5, 9)}, r"x: shape \(5, 9\), expected \[..., in_features=8\]"),
+        ({"x": torch.tensor(1.0)}, r"x: shape \(\)"),
+        ({"x": torch.zeros(5, 8, dtype=torch.int64)}, "x: dtype torch.int64, expected float32"),
+        ({"x": torch.zeros(5, 8, device="meta")}, "values: device cpu, expected the device of x, meta"),
+        ({"values": torch.zeros(6, 9)}, r"values: shape \(6, 9\), expected \(6, 8\)"),
+        ({"values": torch.zeros(6, 8, dtype=torch.bfloat16)}, "values: dtype torch.bfloat16, expected the dtype of x"),
+        ({"offsets": torch.tensor([0, 1, 2])}, "offsets: dtype torch.int64, expected int32"),
+        ({"offsets": torch.tensor([[0, 1, 2]], dtype=torch.int32)}, r"offsets: shape \(1, 3\), expected \[1 to 6\]"),
+        ({"offsets": torch.tensor([0, 1, 6], dtype=torch.int32)}, "offsets: range 0 to 6, expected 0 to 5"),
+        ({"offsets": torch.tensor([0, -1, 2], dtype=torch.int32)}, "offsets: range -1 to 2"),
+        ({"offsets": torch.tensor([4, 1, 4], dtype=torch.int32)}, r"offsets: repeated units \[4\], expected distinct"),
+        ({"offsets": torch.zeros(3, dtype=torch.int32, device="meta")}, "offsets: device meta"),
+        ({"bias": torch.zeros(8)}, r"bias: shape \(8,\), expected \(12,\)"),
+        ({"bias": torch.zeros(12, dtype=torch.float64)}, "bias: dtype torch.float64"),
+        ({"bias": torch.zeros(12, device="meta")}, "bias: device meta"),
+        ({"band": 5}, r"band: 5, expected a divisor of max\(out_features, in_features\) = 12"),
+        ({"out_features": 0}, "out_features: 0, expected at least 1"),
+        ({"in_features": 0}, "in_features: 0, expected at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _call(**changes)
+
+
+def test_the_other_functions_check_too() -> None:
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"values: shape \(3, 4\), expected \(2, 4\)"):
+        dst_ops.to_dense(torch.zeros(3, 4), offsets, out_features=4, in_features=4)
+    with pytest.raises(ValueError, match=r"weight: shape \(4,\)"):
+        dst_ops.from_dense(torch.zeros(4), offsets)
+    with pytest.raises(ValueError, match="offsets: range 0 to 3, expected 0 to 2"):
+        dst_ops.from_dense(torch.zeros(3, 3), offsets)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 9], dtype=torch.int32), 4, 1), "is 9, expected 0 to 3"),
+        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([2, 2], dtype=torch.int32), 4, 1), "repeats unit 2"),
+        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 1]), 4, 1), "must be int32"),
+        ("linear", (torch.zeros(2, 4), torch.zeros(2, 3), torch.tensor([0, 1], dtype=torch.int32), 4, 1), "values is"),
+        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0], dtype=torch.int32), 4, 3), "band 3 must divide 4"),
+        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4).double(), torch.tensor([0, 1], dtype=torch.int32), 4, 1), "one dtype"),
+        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 1], dtype=torch.int32), 4, 1, torch.zeros(3)), "bias must be"),
+        ("linear", (torch.tensor(1.0), torch.zeros(2, 4), torch.tensor([0, 1], dtype=torch.int32), 4, 1), "dst_ops: x"),
+        ("linear", (torch.zeros(2, 4).int(), torch.zeros(2, 4).int(), torch.tensor([0, 1], dtype=torch.int32), 4, 1), "dtype must be"),
+        ("dvalues", (torch.zeros(2, 4), torch.zeros(2, 4).double(), torch.tensor([0], dtype=torch.int32), 1), "one dtype"),
+        ("dvalues", (torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor([0], dtype=torch.int32), 1), "as many rows"),
+    ],
+)
+def test_the_kernels_guard_memory_themselves(op: str, arguments: tuple, message: str) -> None:
+    """A traced program calls the raw ops without the checks of the public functions."""
+    assert dst_ops.load()
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.dst_ops, op)(*arguments)
