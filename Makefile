@@ -39,7 +39,7 @@ data: install
 	$(BIN)/python launch/prepare_digits.py --out data/digits
 
 demo: data
-	deepspeed -q --num_gpus $(RANKS) launch/train.py --job $(JOB) $(foreach s,$(SET),--set $(s))
+	deepspeed -q --num_gpus $(RANKS) launch/train.py --job $(JOB) $(foreach s,$(SET),--set '$(s)')
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -58,4 +58,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) runs build .import_linter_cache dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

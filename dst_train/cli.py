@@ -13,7 +13,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     plan = verbs.add_parser("plan", help="check a job and print what it would do; needs no GPU")
     plan.add_argument("job", help="the job's YAML file")
-    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key")
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key"
+    )
     plan.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
     plan.add_argument("--no-data", action="store_true", help="do not look for the shards")
     verbs.add_parser("schema", help="print the JSON Schema of a job, for editors")

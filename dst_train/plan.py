@@ -39,7 +39,9 @@ class Plan:
         lines = [dump(self.job), "batch", f"  {self.batch}", "", "model", *_indent(str(self.report))]
         if self.flops is not None:
             sparse, dense = self.flops
-            lines.append(f"  forward, matrix products of one sample: {sparse:,} FLOPs, {dense:,} when dense ({dense / sparse:.2f}x)")
+            lines.append(
+                f"  forward, matrix products of one sample: {sparse:,} FLOPs, {dense:,} when dense ({dense / sparse:.2f}x)"
+            )
         lines += ["", f"memory on each of {self.batch.world_size} ranks, without activations"]
         lines += [f"  {name:<12} {_bytes(size):>12}" for name, size in self.memory.items()]
         lines += [f"  checkpoint   {_bytes(self.checkpoint_bytes):>12}  (all ranks together)", "", "op"]
@@ -71,7 +73,9 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
         except ValueError as error:
             raise JobError(f"sparsity: {error}") from error
     memory, checkpoint = _memory(job, report.parameters, world_size)
-    return Plan(job, batch, report, (_flops(model, sample), dense_flops), memory, checkpoint, compile_config(job, batch))
+    return Plan(
+        job, batch, report, (_flops(model, sample), dense_flops), memory, checkpoint, compile_config(job, batch)
+    )
 
 
 def _sample(job: Job) -> torch.Tensor:

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,12 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Found:
-    """A verified checkpoint on disk."""
+    """A verified checkpoint on disk; `job` is the canonical form of the job that wrote it."""
 
     tag: str
-    manifest: dict[str, Any]
+    step: int
+    world_size: int
+    job: dict[str, Any]
 
 
 class Checkpoints:
@@ -44,20 +45,21 @@ class Checkpoints:
     Args:
         root: folder of checkpoints.
         keep: newest ones kept, at least 2.
-        say: prints a line on rank 0.
     """
 
-    def __init__(self, root: Path, *, keep: int, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, *, keep: int) -> None:
         self._root = root
         self._keep = keep
-        self._say = say
         self._rank = dist.get_rank()
 
-    def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any], facts: dict[str, Any]) -> str:
-        """Write the engine, every rank's random state and `state` as `step-XXXXXXXX`; `facts` go into the manifest."""
+    def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+        """Write the engine, every rank's random state and `state` as `step-XXXXXXXX`; `facts` go into the manifest.
+
+        Returns what there is to say of it, on rank 0.
+        """
         tag = f"step-{step:08d}"
         if _broadcast(self._rank == 0 and _problem(self._root / tag) is None):
-            return tag  # this step is already safely on disk
+            return [f"checkpoint {tag} is already there"]
         staging = f"{tag}.partial"
         if self._rank == 0:
             shutil.rmtree(self._root / staging, ignore_errors=True)
@@ -66,32 +68,23 @@ class Checkpoints:
         client = {CLIENT_KEY: {"state": state, "random": _gather(_random_state())}}
         engine.save_checkpoint(str(self._root), tag=staging, client_state=client, save_latest=False)
         dist.barrier()
+        notes = [f"checkpoint {tag}"]
         if self._rank == 0:
             self._commit(tag, staging, {"step": step, "world_size": dist.get_world_size(), **facts})
-            self._prune()
+            notes += self._prune()
         dist.barrier()
-        return tag
+        return notes
 
-    def newest(self) -> Found | None:
-        """The newest checkpoint that verifies, or None when there is none at all.
+    def newest(self) -> tuple[Found | None, list[str]]:
+        """The newest checkpoint that verifies (None when there is none at all), and what was passed over.
 
         Raises:
             CheckpointError: on every rank, when there are checkpoints and none of them verifies.
         """
-        tag, bad = None, []
-        if self._rank == 0:
-            for name in reversed(_tags(self._root)):
-                problem = _problem(self._root / name)
-                if problem is None:
-                    tag = name
-                    break
-                bad.append(f"{name}: {problem}")
-        tag, bad = _broadcast((tag, bad))
-        if tag is None and bad:
+        found, bad = _broadcast(self._search() if self._rank == 0 else None)
+        if found is None and bad:
             raise CheckpointError(f"no checkpoint under {self._root} can be used: {'; '.join(bad)}")
-        for line in bad:
-            self._say(f"checkpoint {line}; taking the one before")
-        return None if tag is None else Found(tag, json.loads((self._root / tag / MANIFEST).read_text()))
+        return found, [f"checkpoint {line}; taking the one before" for line in bad]
 
     def load(self, engine: DeepSpeedEngine, found: Found) -> dict[str, Any]:
         """Restore engine, buffers and this rank's random state; returns the `state` given to `save`.
@@ -99,7 +92,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it was written by another number of ranks.
         """
-        wrote, now = found.manifest["world_size"], dist.get_world_size()
+        wrote, now = found.world_size, dist.get_world_size()
         if wrote != now:
             raise CheckpointError(
                 f"checkpoint {self._root / found.tag} was written by {wrote} ranks and this run has {now}; "
@@ -110,6 +103,16 @@ class Checkpoints:
             raise CheckpointError(f"DeepSpeed could not load {self._root / found.tag}")
         _restore_random_state(client[CLIENT_KEY]["random"][self._rank])
         return client[CLIENT_KEY]["state"]
+
+    def _search(self) -> tuple[Found | None, list[str]]:
+        bad: list[str] = []
+        for tag in reversed(_tags(self._root)):
+            problem = _problem(self._root / tag)
+            if problem is None:
+                facts = json.loads((self._root / tag / MANIFEST).read_text())
+                return Found(tag, facts["step"], facts["world_size"], facts["job"]), bad
+            bad.append(f"{tag}: {problem}")
+        return None, bad
 
     def _commit(self, tag: str, staging: str, facts: dict[str, Any]) -> None:
         folder = self._root / staging
@@ -122,12 +125,14 @@ class Checkpoints:
         _sync(self._root)
         _write(self._root / "latest", tag)
 
-    def _prune(self) -> None:
+    def _prune(self) -> list[str]:
+        notes = []
         for name in _tags(self._root)[: -self._keep]:
             try:
                 shutil.rmtree(self._root / name)
-            except OSError as error:  # a full or flaky disk must not end the training
-                self._say(f"could not remove the old checkpoint {name}: {error}")
+            except OSError as error:  # a flaky disk must not end the training
+                notes.append(f"could not remove the old checkpoint {name}: {error}")
+        return notes
 
 
 def _tags(root: Path) -> list[str]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dst_train import job as jobs
-from dst_train.engine.checkpoint import CheckpointError, Checkpoints
+from dst_train.engine.checkpoint import CheckpointError, Checkpoints, Found
 from dst_train.engine.config import compile_config
 from dst_train.engine.resume import check_job
-from dst_train.engine.session import Session, build_session, start_distributed
+from dst_train.engine.session import build_session, start_distributed
 from dst_train.engine.trainer import Trainer
 from dst_train.job import BatchPlan, Job
 from dst_train.monitor import Monitor, RunDirectory
@@ -43,81 +43,75 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
     rank, world_size = start_distributed()
     plan = BatchPlan.of(job, world_size)
     directory = RunDirectory(Path(job.run_root) / job.name)
-    with _stop_flag() as stop_requested:
-        session = build_session(job, plan)
-        monitor: Monitor | None = None
-        pending: list[str] = []
+    checkpoints = Checkpoints(directory.checkpoints, keep=job.checkpoint.keep)
+    found, notes = _resumable(job, checkpoints)
+    monitor = Monitor(
+        directory,
+        rank=rank,
+        tensorboard=job.monitor.tensorboard,
+        total_steps=plan.total_steps,
+        start_step=0 if found is None else found.step,
+    )
+    try:
+        for note in notes:
+            monitor.message(note)
+        if rank == 0:
+            directory.write_text("job.yaml", jobs.dump(job))
+            directory.write_text("ds_config.json", json.dumps(compile_config(job, plan), indent=2))
+            directory.write_environment()
+        with _stop_flag() as stop_requested:
+            trainer = _build(job, plan, monitor, checkpoints, found, stop_requested)
+            trainer.fit(plan.total_steps if stop_at is None else min(stop_at, plan.total_steps))
+        finished = trainer.step == plan.total_steps
+        if finished and not trainer.last_evaluation:  # resumed after the last step
+            trainer.evaluate()
+        return Outcome(directory.path, trainer.step, finished, trainer.last_evaluation)
+    finally:
+        monitor.close()
 
-        def say(text: str) -> None:
-            if monitor is None:
-                pending.append(text)
-            else:
-                monitor.message(text)
 
-        checkpoints = Checkpoints(directory.checkpoints, keep=job.checkpoint.keep, say=say)
-        found = checkpoints.newest()
-        if found is not None:
-            if job.checkpoint.resume == "never":
-                raise CheckpointError(
-                    f"{directory.path} already holds {found.tag} and checkpoint.resume is never; "
-                    "give the job another name, or set checkpoint.resume=auto"
-                )
-            for change in check_job(found.manifest["job"], job.model_dump(mode="json")):
-                say(f"resuming with {change}")
-        state = None if found is None else checkpoints.load(session.engine, found)
-        start_step = 0 if state is None else state["trainer"]["step"]
-        monitor = Monitor(
-            directory,
-            rank=rank,
-            tensorboard=job.monitor.tensorboard,
-            total_steps=plan.total_steps,
-            start_step=start_step,
+def _resumable(job: Job, checkpoints: Checkpoints) -> tuple[Found | None, list[str]]:
+    """The checkpoint that this job continues, and what there is to say of the choice."""
+    found, notes = checkpoints.newest()
+    if found is None:
+        return None, notes
+    if job.checkpoint.resume == "never":
+        raise CheckpointError(
+            f"{Path(job.run_root) / job.name} already holds {found.tag} and checkpoint.resume is never; "
+            "give the job another name, or set checkpoint.resume=auto"
         )
-        for text in pending:
-            monitor.message(text)
-        try:
-            return _train(job, plan, session, monitor, checkpoints, directory, state, stop_at, stop_requested, rank)
-        finally:
-            monitor.close()
+    notes += [f"resuming with {change}" for change in check_job(found.job, job.model_dump(mode="json"))]
+    return found, notes
 
 
-def _train(
+def _build(
     job: Job,
     plan: BatchPlan,
-    session: Session,
     monitor: Monitor,
     checkpoints: Checkpoints,
-    directory: RunDirectory,
-    state: dict | None,
-    stop_at: int | None,
+    found: Found | None,
     stop_requested: Callable[[], bool],
-    rank: int,
-) -> Outcome:
+) -> Trainer:
+    """The trainer at step 0 or at the checkpoint's step."""
+    session = build_session(job, plan)
+
     def save(step: int) -> None:
         facts = {
             "job": job.model_dump(mode="json"),
             "job_digest": jobs.digest(job),
             "topology_digest": session.topology.digest(),
         }
-        content = {"trainer": trainer.state_dict(), "topology": session.topology.state_dict()}
-        monitor.message(f"checkpoint {checkpoints.save(session.engine, step, content, facts)}")
+        state = {"trainer": trainer.state_dict(), "topology": session.topology.state_dict()}
+        for note in checkpoints.save(session.engine, step, state, facts):
+            monitor.message(note)
 
     trainer = Trainer(job, plan, session, monitor, save=save, stop_requested=stop_requested)
-    if state is not None:
+    if found is not None:
+        state = checkpoints.load(session.engine, found)
         trainer.load_state_dict(state["trainer"])
         session.topology.load_state_dict(state["topology"])
-        monitor.message(f"resumed {directory.path} at step {trainer.step} of {plan.total_steps}")
-    if rank == 0:
-        directory.write_text("job.yaml", jobs.dump(job))
-        directory.write_text("ds_config.json", json.dumps(compile_config(job, plan), indent=2))
-        directory.write_environment()
-        directory.truncate_topology(trainer.step)
-    last = plan.total_steps if stop_at is None else min(stop_at, plan.total_steps)
-    trainer.fit(last)
-    finished = trainer.step == plan.total_steps
-    if finished and not trainer.last_evaluation:
-        trainer.evaluate()
-    return Outcome(directory.path, trainer.step, finished, trainer.last_evaluation)
+        monitor.message(f"resumed {found.tag} at step {trainer.step} of {plan.total_steps}")
+    return trainer
 
 
 @contextmanager

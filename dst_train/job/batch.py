@@ -33,7 +33,9 @@ class BatchPlan:
         """
         batch, micro = job.train.batch_size, job.train.micro_batch_size
         if batch % world_size:
-            raise JobError(f"train.batch_size {batch} does not divide by {world_size} ranks; use a multiple of {world_size}")
+            raise JobError(
+                f"train.batch_size {batch} does not divide by {world_size} ranks; use a multiple of {world_size}"
+            )
         share = batch // world_size
         if share % micro:
             fitting = [str(m) for m in range(1, share + 1) if share % m == 0]

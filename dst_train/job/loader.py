@@ -68,7 +68,9 @@ def _expand_variables(source: Source) -> list[str]:
 def _describe(error: Any, source: Source) -> str:
     location, kind = error["loc"], error["type"]
     # pydantic puts the tag of a discriminated union into the location; the file has no such level.
-    key: Key = tuple(part for i, part in enumerate(location) if not (i == 1 and location[0] == "model" and part in ("timm", "mlp")))
+    key: Key = tuple(
+        part for i, part in enumerate(location) if not (i == 1 and location[0] == "model" and part in ("timm", "mlp"))
+    )
     name = str(key[-1]) if key else ""
     if kind == "extra_forbidden":
         allowed = _allowed(key[:-1], source.data)
@@ -99,7 +101,9 @@ def _allowed(key: Key, data: Any) -> list[str]:
     """The fields of the model that stands at `key`."""
     annotation: Any = Job
     for name in key:
-        annotation = _model(annotation, data).model_fields[name].annotation if isinstance(name, str) else get_args(annotation)[0]
+        annotation = (
+            _model(annotation, data).model_fields[name].annotation if isinstance(name, str) else get_args(annotation)[0]
+        )
         data = data[name]
         while get_origin(annotation) is Annotated:
             annotation = get_args(annotation)[0]
@@ -113,7 +117,11 @@ def _model(annotation: Any, data: Any) -> type[BaseModel]:
         return _model(get_args(annotation)[0], data)
     if get_origin(annotation) in (Union, types.UnionType):
         models = [a for a in get_args(annotation) if a is not type(None)]
-        named = [m for m in models if get_args(m.model_fields.get("builder", m).annotation)[:1] == (data.get("builder"),)] if len(models) > 1 else models
+        named = (
+            [m for m in models if get_args(m.model_fields.get("builder", m).annotation)[:1] == (data.get("builder"),)]
+            if len(models) > 1
+            else models
+        )
         return _model(named[0], data)
     return annotation
 

@@ -24,7 +24,9 @@ _FLOAT = re.compile(
 )
 _INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
@@ -101,8 +103,9 @@ def _check(node: yaml.Node, file: str, key: Key, places: dict[Key, str]) -> None
     """Notes the place of every key below `node` and refuses keys that repeat or are not text."""
     if isinstance(node, yaml.SequenceNode):
         for i, child in enumerate(node.value):
-            places[(*key, i)] = f"{file}:{child.start_mark.line + 1}"
-            _check(child, file, (*key, i), places)
+            item = (*key, i)
+            places[item] = f"{file}:{child.start_mark.line + 1}"
+            _check(child, file, item, places)
     elif isinstance(node, yaml.MappingNode):
         for name, child in node.value:
             here = f"{file}:{name.start_mark.line + 1}"

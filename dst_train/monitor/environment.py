@@ -33,14 +33,16 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu_threads": torch.get_num_threads(),
-        "git": _git(),
+        "git": git_revision(Path(__file__).resolve()),
     }
 
 
-def _git() -> dict[str, Any] | None:
-    """Revision of the checkout that the code runs from; None when it runs from an installation or without git."""
-    folder = Path(__file__).resolve().parent
+def git_revision(file: Path) -> dict[str, Any] | None:
+    """Revision of the checkout that tracks `file` and whether it has changes; None without one, or without git."""
+    folder = file.parent
     try:
+        # An installation may lie inside somebody else's checkout (a .venv): that revision is not ours.
+        _run_git(folder, "ls-files", "--error-unmatch", file.name)
         revision = _run_git(folder, "rev-parse", "HEAD")
         return {"revision": revision, "dirty": bool(_run_git(folder, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 
@@ -20,8 +21,8 @@ class Monitor:
     """Every method may be called on all ranks and does nothing on ranks other than 0.
 
     Args:
-        total_steps, start_step: of the whole job, and the step resumed from: what an interrupted run wrote to
-            TensorBoard after start_step is hidden, so that each step appears once.
+        total_steps, start_step: of the whole job, and the step resumed from: what an interrupted run wrote after
+            start_step is hidden in TensorBoard and removed from topology.jsonl, so that each step appears once.
         write: where lines for people go.
     """
 
@@ -42,19 +43,24 @@ class Monitor:
         self._run = run
         self._total_steps = total_steps
         self._write = write or _write_stdout
-        self._history = {k: v[-PICTURE_ROWS:] for k, v in run.active_units().items()} if start_step else {}
+        run.truncate_topology(start_step)
+        self._history = {name: rows[-PICTURE_ROWS:] for name, rows in run.active_units().items()}
         self._log = run.log.open("a", encoding="utf-8")
         if tensorboard:
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
 
     def step(self, step: int, *, scalars: dict[str, float]) -> None:
-        """Scalars of an optimiser step, and the progress line from train/loss, accuracy, samples_per_second, step_seconds."""
+        """Scalars of an optimiser step, and the progress line from train/loss, accuracy, samples_per_second, step_seconds.
+
+        train/loss may be left out when it is not a number, as in a skipped step.
+        """
         if self._quiet:
             return
         self._scalars(step, scalars)
+        loss = scalars.get("train/loss", math.nan)
         left = (self._total_steps - step) * scalars["train/step_seconds"]
         self._say(
-            f"step {step}/{self._total_steps}  loss {scalars['train/loss']:.4f}  accuracy {scalars['train/accuracy']:.2%}  "
+            f"step {step}/{self._total_steps}  loss {loss:.4f}  accuracy {scalars['train/accuracy']:.2%}  "
             f"{scalars['train/samples_per_second']:.1f} samples/s  {_duration(left)} left"
         )
 
@@ -86,7 +92,8 @@ class Monitor:
             rows.append(layer.active)
             del rows[:-PICTURE_ROWS]
             if self._writer is not None:
-                self._writer.add_image(f"units/{layer.name}", picture(rows, layer.num_units), update.step, dataformats="HW")
+                image = picture(rows, layer.num_units)
+                self._writer.add_image(f"units/{layer.name}", image, update.step, dataformats="HW")
         self._scalars(update.step, scalars)
 
     def message(self, text: str) -> None:
@@ -104,6 +111,8 @@ class Monitor:
         if self._writer is not None:
             for tag, value in scalars.items():
                 self._writer.add_scalar(tag, value, step)
+            # A killed run must not lose what precedes its last checkpoint: the writer alone waits up to two minutes.
+            self._writer.flush()
 
     def _say(self, text: str) -> None:
         self._write(text)

@@ -61,8 +61,8 @@ def sparsify(model: nn.Module, rules: Sequence[Any], *, budget: str = "uniform",
     chosen = _assign(parsed, dense, model)
     density = densities(
         budget,
-        [tuple(layer.weight.shape) for layer, _ in chosen],
-        [1.0 - rule.sparsity for _, rule in chosen],  # type: ignore[operator, misc]
+        [(layer.weight.shape[0], layer.weight.shape[1]) for layer, _ in chosen],
+        [1.0 - (rule.sparsity or 0.0) for _, rule in chosen],
     )
     dense_parameters = sum(p.numel() for p in model.parameters())
     built = [_build(i, layer, rule, d, seed) for i, ((layer, rule), d) in enumerate(zip(chosen, density, strict=True))]

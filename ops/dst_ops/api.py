@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dst_ops import reference, registration  # noqa: F401  (registers torch.ops.dst_ops)
-from dst_ops.build import load
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCORE_BLOCK = 2**21  # elements of dW held at once: 8 MiB in fp32
@@ -31,7 +30,8 @@ def diagonal_linear(
     (DynaDiag, arXiv 2506.11449, in the indexing of its released code). Sums are taken in fp32 (fp64 for fp64).
 
     Args:
-        x: [..., in_features]; float32, bfloat16, float16 or float64. Inside autocast all inputs are cast to its dtype.
+        x: [..., in_features]; float32, bfloat16, float16 or float64. Inside autocast all inputs are cast to its dtype,
+            except float64.
         values: [U * band, L], dtype and device of x; row u * band + i belongs to candidate offsets[u] * band + i.
         offsets: int32 [U]; distinct units in [0, P / band), in any order.
         bias: [out_features] or None, dtype of x.
@@ -44,23 +44,25 @@ def diagonal_linear(
         ValueError: naming the argument, its value and what was expected. Values of offsets are checked in eager mode
             on the CPU; a traced program relies on the kernel's own bounds check (RuntimeError).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    # Here and not as an autocast kernel of the op: torch.library.register_autocast casts to one dtype named when it is
+    # registered, whatever dtype the autocast region asks for. Like torch's own, this leaves float64 alone.
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_offsets(offsets, out_features, in_features, band)
-    _check(x.dtype in DTYPES, "x", f"dtype {x.dtype}", "float32, bfloat16, float16 or float64")
-    _check(x.dim() >= 1 and x.shape[-1] == in_features, "x", f"shape {tuple(x.shape)}", f"[..., in_features={in_features}]")
+    _check(x.dtype in DTYPES, "x", "dtype", x.dtype, "float32, bfloat16, float16 or float64")
+    _check(x.dim() >= 1 and x.shape[-1] == in_features, "x", "shape", x.shape, f"[..., in_features={in_features}]")
     expected = (offsets.shape[0] * band, min(out_features, in_features))
-    _check(tuple(values.shape) == expected, "values", f"shape {tuple(values.shape)}", f"{expected}")
-    _check(values.dtype == x.dtype, "values", f"dtype {values.dtype}", f"the dtype of x, {x.dtype} (or autocast)")
-    _check(values.device == x.device, "values", f"device {values.device}", f"the device of x, {x.device}")
-    _check(offsets.device == x.device, "offsets", f"device {offsets.device}", f"the device of x, {x.device}")
+    _check(tuple(values.shape) == expected, "values", "shape", values.shape, expected)
+    _check(values.dtype == x.dtype, "values", "dtype", values.dtype, f"the dtype of x, {x.dtype} (or autocast)")
+    _check(values.device == x.device, "values", "device", values.device, f"the device of x, {x.device}")
+    _check(offsets.device == x.device, "offsets", "device", offsets.device, f"the device of x, {x.device}")
     if bias is not None:
-        _check(tuple(bias.shape) == (out_features,), "bias", f"shape {tuple(bias.shape)}", f"({out_features},)")
-        _check(bias.dtype == x.dtype, "bias", f"dtype {bias.dtype}", f"the dtype of x, {x.dtype}")
-        _check(bias.device == x.device, "bias", f"device {bias.device}", f"the device of x, {x.device}")
-    load()
+        _check(tuple(bias.shape) == (out_features,), "bias", "shape", bias.shape, f"({out_features},)")
+        _check(bias.dtype == x.dtype, "bias", "dtype", bias.dtype, f"the dtype of x, {x.dtype}")
+        _check(bias.device == x.device, "bias", "device", bias.device, f"the device of x, {x.device}")
     return torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
 
 
@@ -68,13 +70,13 @@ def to_dense(values: Tensor, offsets: Tensor, *, out_features: int, in_features:
     """The weight as [out_features, in_features], in the dtype of values; differentiable. Errors as `diagonal_linear`."""
     _check_offsets(offsets, out_features, in_features, band)
     expected = (offsets.shape[0] * band, min(out_features, in_features))
-    _check(tuple(values.shape) == expected, "values", f"shape {tuple(values.shape)}", f"{expected}")
+    _check(tuple(values.shape) == expected, "values", "shape", values.shape, expected)
     return reference.to_dense(values, offsets, out_features, in_features, band)
 
 
 def from_dense(weight: Tensor, offsets: Tensor, *, band: int = 1) -> Tensor:
     """The values [U * band, L] of the given diagonals of a dense weight [out_features, in_features]; differentiable."""
-    _check(weight.dim() == 2, "weight", f"shape {tuple(weight.shape)}", "[out_features, in_features]")
+    _check(weight.dim() == 2, "weight", "shape", weight.shape, "[out_features, in_features]")
     _check_offsets(offsets, weight.shape[0], weight.shape[1], band)
     rows, columns = reference.positions(offsets, weight.shape[0], weight.shape[1], band)
     return weight[rows, columns]
@@ -107,10 +109,10 @@ def diagonal_scores(
         ValueError: as `diagonal_linear`.
     """
     _check_band(out_features, in_features, band)
-    _check(x.shape[-1:] == (in_features,), "x", f"shape {tuple(x.shape)}", f"[..., in_features={in_features}]")
+    _check(x.shape[-1:] == (in_features,), "x", "shape", x.shape, f"[..., in_features={in_features}]")
     expected = (*x.shape[:-1], out_features)
-    _check(tuple(dy.shape) == expected, "dy", f"shape {tuple(dy.shape)}", f"{expected}")
-    _check(dy.device == x.device, "dy", f"device {dy.device}", f"the device of x, {x.device}")
+    _check(tuple(dy.shape) == expected, "dy", "shape", dy.shape, expected)
+    _check(dy.device == x.device, "dy", "device", dy.device, f"the device of x, {x.device}")
     x32, dy32 = x.reshape(-1, in_features).float(), dy.reshape(-1, out_features).float()
     block_rows = max(1, min(out_features, in_features, SCORE_BLOCK // in_features))
     sums = x32.new_zeros(max(out_features, in_features))
@@ -137,28 +139,43 @@ def _add_diagonal_sums(sums: Tensor, block: Tensor, first_row: int, out_features
     sums.index_add_(0, candidate, buffer.view(rows, width).sum(0))
 
 
-def _check(ok: bool, argument: str, got: str, expected: str) -> None:
+def _check(ok: bool, argument: str, what: str, got: object, expected: object) -> None:
     if not ok:
-        raise ValueError(f"{argument}: {got}, expected {expected}")
+        got = tuple(got) if isinstance(got, torch.Size) else got
+        raise ValueError(f"{argument}: {f'{what} {got}'.strip()}, expected {expected}")
 
 
 def _check_band(out_features: int, in_features: int, band: int) -> None:
-    _check(out_features >= 1, "out_features", str(out_features), "at least 1")
-    _check(in_features >= 1, "in_features", str(in_features), "at least 1")
+    _check(out_features >= 1, "out_features", "", out_features, "at least 1")
+    _check(in_features >= 1, "in_features", "", in_features, "at least 1")
     candidates = max(out_features, in_features)
-    _check(band >= 1 and candidates % band == 0, "band", str(band), f"a divisor of max(out_features, in_features) = {candidates}")
+    _check(
+        band >= 1 and candidates % band == 0,
+        "band",
+        "",
+        band,
+        f"a divisor of max(out_features, in_features) = {candidates}",
+    )
 
 
 def _check_offsets(offsets: Tensor, out_features: int, in_features: int, band: int) -> None:
     _check_band(out_features, in_features, band)
     units = max(out_features, in_features) // band
-    _check(offsets.dtype == torch.int32, "offsets", f"dtype {offsets.dtype}", "int32")
-    _check(offsets.dim() == 1 and 1 <= offsets.shape[0] <= units, "offsets", f"shape {tuple(offsets.shape)}", f"[1 to {units}]")
+    _check(offsets.dtype == torch.int32, "offsets", "dtype", offsets.dtype, "int32")
+    _check(
+        offsets.dim() == 1 and 1 <= offsets.shape[0] <= units,
+        "offsets",
+        "shape",
+        offsets.shape,
+        f"[1 to {units}]",
+    )
     if torch.compiler.is_compiling() or type(offsets) is not Tensor or offsets.device.type != "cpu":
         return  # the numbers are not there yet, or reading them would wait for the device
     numbers = offsets.tolist()
-    _check(min(numbers) >= 0 and max(numbers) < units, "offsets", f"range {min(numbers)} to {max(numbers)}", f"0 to {units - 1}")
-    _check(len(set(numbers)) == len(numbers), "offsets", f"repeated units {_repeated(numbers)}", "distinct units")
+    low, high = min(numbers), max(numbers)
+    _check(low >= 0 and high < units, "offsets", f"range {low} to", high, f"0 to {units - 1}")
+    if len(set(numbers)) != len(numbers):
+        _check(False, "offsets", "repeated units", _repeated(numbers), "distinct units")
 
 
 def _repeated(numbers: list[int]) -> list[int]:

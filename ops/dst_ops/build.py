@@ -10,10 +10,12 @@ this instruction set).
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,8 +27,16 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
-COMMON_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+COMMON_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+)
 # One file per instruction set; the choice among them is made when the library runs.
+INSTRUCTION_SETS = ("", "portable", "avx2", "avx512")
 X86_FLAGS = {"kernels_avx2.cpp": ("-mavx2", "-mfma"), "kernels_avx512.cpp": ("-mavx512f", "-mfma")}
 
 _lock = threading.Lock()
@@ -34,14 +44,14 @@ _error: str | None = None
 _loaded: Path | None = None
 
 
-@torch.compiler.assume_constant_result  # dynamo runs it while it traces, so that a compiled program finds the kernels
 def load() -> bool:
     """Build if needed and load the library; True if the compiled kernels serve the CPU, False if the reference does.
 
-    A program from torch.export that runs in a process of its own calls this first.
+    The first call of an op on the CPU does this (see registration.py); calling it earlier only chooses the moment.
 
     Raises:
         RuntimeError: the build fails and DST_OPS_REQUIRE_FUSED=1. Otherwise a failed build warns, once.
+        ValueError: DST_OPS_ISA names no instruction set.
     """
     if _loaded is None and _error is None:
         with _lock:
@@ -53,6 +63,14 @@ def load() -> bool:
 def status() -> tuple[Path | None, str | None]:
     """(the loaded library, why there is none); both None before the first use."""
     return _loaded, _error
+
+
+def instruction_set() -> str:
+    """The instruction set that the loaded library chose: portable, avx2 or avx512."""
+    function = ctypes.CDLL(str(_loaded)).dst_ops_isa
+    function.restype = ctypes.c_char_p
+    name: bytes = function()
+    return name.decode()
 
 
 def library_path() -> Path:
@@ -87,6 +105,9 @@ def build() -> Path:
 
 def _load() -> None:
     global _loaded, _error
+    isa = os.environ.get("DST_OPS_ISA", "")
+    if isa not in INSTRUCTION_SETS:
+        raise ValueError(f"DST_OPS_ISA is {isa!r}, expected portable, avx2 or avx512")
     try:
         library = build()
         torch.ops.load_library(str(library))
@@ -109,19 +130,34 @@ def _run_ninja(folder: Path) -> None:
     x86 = platform.machine() in ("x86_64", "AMD64")
     rules = [
         "rule cxx",
-        f"  command = {_compiler()} {' '.join(COMMON_FLAGS)} -isystem {torch_root / 'include'} $flags -c $in -o $out",
+        f"  command = {_compiler()} {' '.join(COMMON_FLAGS)} -isystem {_quoted(torch_root / 'include')} $flags -c $in -o $out",
         "rule link",
-        f"  command = {_compiler()} -shared $in -o $out -L{torch_root / 'lib'} -ltorch_cpu",
+        f"  command = {_compiler()} -shared $in -o $out -L{_quoted(torch_root / 'lib')} -ltorch_cpu",
     ]
     objects = []
     for source in sorted((SOURCES / "cpu").glob("*.cpp")):
         if source.name in X86_FLAGS and not x86:
             continue
         objects.append(f"{source.stem}.o")
-        rules += [f"build {objects[-1]}: cxx {source}", f"  flags = {' '.join(X86_FLAGS.get(source.name, ()))}"]
+        rules += [
+            f"build {objects[-1]}: cxx {_escaped(source)}",
+            f"  flags = {' '.join(X86_FLAGS.get(source.name, ()))}",
+        ]
     rules.append(f"build library.so: link {' '.join(objects)}")
     (folder / "build.ninja").write_text("\n".join(rules) + "\n")
-    subprocess.run([_ninja(), "-C", str(folder)], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    subprocess.run(
+        [_ninja(), "-C", str(folder)], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def _quoted(path: Path) -> str:
+    """For a command in build.ninja, where $ is special besides what the shell reads."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def _escaped(path: Path) -> str:
+    """For the name of a file in build.ninja."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def _compiler() -> str:

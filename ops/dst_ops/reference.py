@@ -25,7 +25,9 @@ def positions(offsets: Tensor, out_features: int, in_features: int, band: int) -
 def to_dense(values: Tensor, offsets: Tensor, out_features: int, in_features: int, band: int) -> Tensor:
     rows, columns = positions(offsets, out_features, in_features, band)
     weight = values.new_zeros(out_features * in_features)
-    return weight.index_add(0, (rows * in_features + columns).flatten(), values.flatten()).view(out_features, in_features)
+    return weight.index_add(0, (rows * in_features + columns).flatten(), values.flatten()).view(
+        out_features, in_features
+    )
 
 
 def linear(

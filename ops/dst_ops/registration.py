@@ -2,18 +2,20 @@
 
 The three are closed under differentiation: the backward of each uses only the other two, so that any order of
 derivative works. The schemas are defined here and not in C++, so that `import dst_ops` builds nothing and torch.compile
-can trace the ops before the library is loaded; the library (csrc/) then adds its kernels for the CPU key, which win over
-the reference registered for every device below.
+can trace the ops before the library is loaded. What runs at first is the kernel below, registered for every device: on
+the CPU it loads the library (csrc/), whose kernels for the CPU key take its place from then on, however the op was
+reached: eagerly, from a compiled program or from an exported one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dst_ops import reference
+from dst_ops import build, reference
 
 SCHEMAS = (
     "linear(Tensor x, Tensor values, Tensor offsets, SymInt out_features, int band, Tensor? bias=None) -> Tensor",
@@ -24,9 +26,26 @@ SCHEMAS = (
 library = torch.library.Library("dst_ops", "DEF")
 for _schema in SCHEMAS:
     library.define(_schema)
-library.impl("linear", reference.linear, "CompositeExplicitAutograd")
-library.impl("linear_transposed", reference.linear_transposed, "CompositeExplicitAutograd")
-library.impl("dvalues", reference.dvalues, "CompositeExplicitAutograd")
+
+
+def _first_kernel(name: str, definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Loads the compiled kernel and calls it; the definition itself where there is none."""
+
+    def kernel(tensor: Tensor, *args: Any) -> Tensor:
+        if tensor.device.type == "cpu" and build.load():
+            op: Callable[..., Tensor] = getattr(torch.ops.dst_ops, name).default
+            return op(tensor, *args)
+        with torch.autocast(tensor.device.type, enabled=False):  # sums in fp32, as in the compiled kernels
+            return definition(tensor, *args)
+
+    return kernel
+
+
+library.impl("linear", _first_kernel("linear", reference.linear), "CompositeExplicitAutograd")
+library.impl(
+    "linear_transposed", _first_kernel("linear_transposed", reference.linear_transposed), "CompositeExplicitAutograd"
+)
+library.impl("dvalues", _first_kernel("dvalues", reference.dvalues), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("dst_ops::linear")
@@ -101,7 +120,10 @@ def _vmap(op: Any, free_first: bool) -> Any:
         dims = (*in_dims, *(None for _ in range(len(args) - len(in_dims))))
         if free_first and dims[0] is not None and all(d is None for d in dims[1:]):
             return op(args[0].movedim(dims[0], 0), *args[1:]), 0
-        picked = [[a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)] for i in range(info.batch_size)]
+        picked = [
+            [a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
+            for i in range(info.batch_size)
+        ]
         return torch.stack([op(*one) for one in picked]), 0
 
     return rule

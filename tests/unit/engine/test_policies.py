@@ -93,8 +93,8 @@ def test_a_bad_loss_that_was_applied_is_never_tolerated() -> None:
 def test_no_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, src: None)
-    checkpoints = Checkpoints(tmp_path, keep=2, say=print)
-    assert checkpoints.newest() is None
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.newest() == (None, [])
     (tmp_path / "step-00000003").mkdir()
     with pytest.raises(CheckpointError, match=r"no checkpoint under .*step-00000003: unreadable manifest"):
         checkpoints.newest()

@@ -11,8 +11,11 @@ struct Vector {
   static constexpr int lanes = DST_OPS_VECTOR / sizeof(T);
 };
 
+// A register tile is DST_OPS_ROWS rows times this many vectors: sums and weights fill the 16 (AVX-512: 32) registers.
+constexpr int columns = 3;
+
 template <typename T>
-constexpr int tile_width = 2 * Vector<T>::lanes;
+constexpr int tile_width = columns * Vector<T>::lanes;
 
 template <typename T>
 static inline typename Vector<T>::type load(const T* p) {
@@ -29,24 +32,25 @@ template <typename T, int ROWS>
 static void multiply_rows(const T* rows, long ld, const int* start, const T* weight, long entries, const T* init, long ld_init, T* out, long ld_out) {
   using V = typename Vector<T>::type;
   constexpr int n = Vector<T>::lanes;
-  V sum[ROWS][2];
-  for (int r = 0; r < ROWS; ++r) {
-    sum[r][0] = load(init + r * ld_init);
-    sum[r][1] = load(init + r * ld_init + n);
-  }
-  for (long e = 0; e < entries; ++e) {
-    const V w0 = load(weight + e * 2 * n), w1 = load(weight + e * 2 * n + n);
-    const T* x = rows + start[e];
+  V sum[ROWS][columns];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      sum[r][0] += w0 * load(x + r * ld);
-      sum[r][1] += w1 * load(x + r * ld + n);
-    }
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 3
+    for (int c = 0; c < columns; ++c) sum[r][c] = load(init + r * ld_init + c * n);
+  for (long e = 0; e < entries; ++e) {
+    const T* x = rows + start[e];
+    V w[columns];
+#pragma GCC unroll 3
+    for (int c = 0; c < columns; ++c) w[c] = load(weight + (e * columns + c) * n);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 3
+      for (int c = 0; c < columns; ++c) sum[r][c] += w[c] * load(x + r * ld + c * n);
   }
-  for (int r = 0; r < ROWS; ++r) {
-    store(out + r * ld_out, sum[r][0]);
-    store(out + r * ld_out + n, sum[r][1]);
-  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 3
+    for (int c = 0; c < columns; ++c) store(out + r * ld_out + c * n, sum[r][c]);
 }
 
 // grad[e][0..tile) += sum_r shorter[r][0..tile) * longer[r][start[e] ... + tile) for ROWS rows.
@@ -54,22 +58,23 @@ template <typename T, int ROWS>
 static void accumulate_rows(const T* shorter, long ld_short, const T* longer, long ld_long, const int* start, T* grad, long entries) {
   using V = typename Vector<T>::type;
   constexpr int n = Vector<T>::lanes;
-  V s[ROWS][2];
-  for (int r = 0; r < ROWS; ++r) {
-    s[r][0] = load(shorter + r * ld_short);
-    s[r][1] = load(shorter + r * ld_short + n);
-  }
-  for (long e = 0; e < entries; ++e) {
-    T* g = grad + e * 2 * n;
-    V g0 = load(g), g1 = load(g + n);
-    const T* u = longer + start[e];
+  V s[ROWS][columns];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      g0 += s[r][0] * load(u + r * ld_long);
-      g1 += s[r][1] * load(u + r * ld_long + n);
-    }
-    store(g, g0);
-    store(g + n, g1);
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 3
+    for (int c = 0; c < columns; ++c) s[r][c] = load(shorter + r * ld_short + c * n);
+  for (long e = 0; e < entries; ++e) {
+    T* g = grad + e * columns * n;
+    const T* u = longer + start[e];
+    V sum[columns];
+#pragma GCC unroll 3
+    for (int c = 0; c < columns; ++c) sum[c] = load(g + c * n);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 3
+      for (int c = 0; c < columns; ++c) sum[c] += s[r][c] * load(u + r * ld_long + c * n);
+#pragma GCC unroll 3
+    for (int c = 0; c < columns; ++c) store(g + c * n, sum[c]);
   }
 }
 

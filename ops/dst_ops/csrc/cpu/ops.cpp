@@ -32,7 +32,7 @@ using torch::stable::Tensor;
 
 enum class Isa { portable, avx2, avx512 };
 
-// The best set that this processor runs; DST_OPS_ISA=portable|avx2|avx512 asks for a lower one (for tests).
+// The best set that this processor runs; DST_OPS_ISA=portable|avx2|avx512 asks for a lower one (for tests; build.py checks it).
 Isa isa() {
   static const Isa chosen = [] {
     Isa best = Isa::portable;
@@ -42,11 +42,8 @@ Isa isa() {
     if (best == Isa::avx2 && __builtin_cpu_supports("avx512f")) best = Isa::avx512;
 #endif
     const char* name = std::getenv("DST_OPS_ISA");
-    if (name == nullptr || *name == 0) return best;
-    const std::string wanted = name;
-    const Isa asked = wanted == "portable" ? Isa::portable : wanted == "avx2" ? Isa::avx2 : Isa::avx512;
-    STD_TORCH_CHECK(asked != Isa::avx512 || wanted == "avx512", "DST_OPS_ISA is ", wanted, ", expected portable, avx2 or avx512");
-    return std::min(asked, best);
+    const std::string asked = name == nullptr ? "" : name;
+    return std::min(best, asked == "portable" ? Isa::portable : asked == "avx2" ? Isa::avx2 : Isa::avx512);
   }();
   return chosen;
 }
@@ -80,6 +77,7 @@ struct Diagonal {
 
 std::vector<Diagonal> diagonals(const Tensor& offsets, int64_t band, int64_t candidates) {
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Int, "dst_ops: offsets must be int32 of one dimension");
+  STD_TORCH_CHECK(candidates >= 1 && candidates < (int64_t(1) << 31) - 1024, "dst_ops: max(in_features, out_features) is ", candidates, ", expected 1 to 2^31 - 1024");
   STD_TORCH_CHECK(band >= 1 && candidates % band == 0, "dst_ops: band ", band, " must divide ", candidates);
   const Tensor whole = torch::stable::contiguous(offsets);
   const int32_t* units = static_cast<const int32_t*>(whole.const_data_ptr());
@@ -120,7 +118,9 @@ Windows windows(const std::vector<Diagonal>& active, int64_t P, int64_t L, int64
   const int64_t side = scatter ? P : L;
   for (int64_t i = 0; i < side; i += tile) {
     for (const Diagonal& d : active) {
-      const int64_t start = scatter ? (i - d.offset + P) % P : (i + d.offset) % P;
+      int64_t start = scatter ? i - d.offset : i + d.offset;  // both lie in [0, P), and a division here would be felt
+      if (start < 0) start += P;
+      if (start >= P) start -= P;
       if (scatter && start >= L && start + tile <= P) continue;  // reads zeros only
       w.start.push_back(static_cast<int>(start));
       w.slot.push_back(d.slot);
@@ -203,8 +203,8 @@ void gradient(const In* shorter, const In* longer, T* grad, const std::vector<Di
   const int64_t chunks = cache_chunks<T>(kernel.rows, P);
   std::vector<T> packed(tiles * K * tile, T(0));
 
-  // Rows are padded block by block: the block stays in the cache while all tiles pass over it.
-  const int64_t block = 4 * kernel.rows;
+  // Padded copies of one block of rows at a time: 2 MiB, so that the threads seldom wait for each other.
+  const int64_t block = kernel.rows * std::max<int64_t>(1, std::min((2 << 20) / (ld * static_cast<int64_t>(sizeof(T))), B) / kernel.rows);
   std::vector<T> longs(block * ld), shorts(block * padded, T(0));
   for (int64_t b = 0; b < B; b += block) {
     const int64_t count = std::min(block, B - b);
@@ -242,9 +242,14 @@ void for_type(ScalarType dtype, const F& f) {
 template <typename In>
 using Sum = std::conditional_t<std::is_same_v<In, double>, double, float>;
 
+int64_t last_size(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) >= 1, "dst_ops: x and dy must be [..., features] with at least one feature");
+  return t.size(t.dim() - 1);
+}
+
 Tensor apply(const Tensor& in, const Tensor& values, const Tensor& offsets, int64_t O, int64_t band, const Tensor* bias, bool scatter) {
-  STD_TORCH_CHECK(in.dim() >= 1 && values.dim() == 2 && O >= 1, "dst_ops: x must have at least one dimension and values two");
-  const int64_t I = in.size(in.dim() - 1), L = std::min(I, O);
+  const int64_t I = last_size(in), L = std::min(I, O);
+  STD_TORCH_CHECK(O >= 1 && values.dim() == 2, "dst_ops: out_features must be at least 1 and values [K, L]");
   const std::vector<Diagonal> active = diagonals(offsets, band, std::max(I, O));
   STD_TORCH_CHECK(values.size(0) == static_cast<int64_t>(active.size()) && values.size(1) == L, "dst_ops: values is [", values.size(0), ", ",
                   values.size(1), "], expected [", active.size(), ", ", L, "]");
@@ -267,18 +272,18 @@ Tensor apply(const Tensor& in, const Tensor& values, const Tensor& offsets, int6
 }
 
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& offsets, int64_t out_features, int64_t band, std::optional<Tensor> bias) {
-  return apply(x, values, offsets, out_features, band, bias ? &*bias : nullptr, out_features >= x.size(x.dim() - 1));
+  return apply(x, values, offsets, out_features, band, bias ? &*bias : nullptr, out_features >= last_size(x));
 }
 
 // W^T has the same values and offsets with the roles of the sides exchanged.
 Tensor linear_transposed(const Tensor& dy, const Tensor& values, const Tensor& offsets, int64_t in_features, int64_t band) {
-  return apply(dy, values, offsets, in_features, band, nullptr, dy.size(dy.dim() - 1) < in_features);
+  return apply(dy, values, offsets, in_features, band, nullptr, last_size(dy) < in_features);
 }
 
 Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t band) {
-  STD_TORCH_CHECK(dy.dim() >= 1 && x.dim() >= 1 && dy.scalar_type() == x.scalar_type(), "dst_ops: dy and x must have one dtype");
-  const int64_t M = dy.size(dy.dim() - 1), N = x.size(x.dim() - 1), P = std::max(M, N), L = std::min(M, N);
-  STD_TORCH_CHECK(L >= 1 && dy.numel() / M == x.numel() / N, "dst_ops: dy and x must have as many rows");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dst_ops: dy and x must have one dtype");
+  const int64_t M = last_size(dy), N = last_size(x), P = std::max(M, N), L = std::min(M, N);
+  STD_TORCH_CHECK(dy.numel() / M == x.numel() / N, "dst_ops: dy and x must have as many rows");
   const std::vector<Diagonal> active = diagonals(offsets, band, P);
   const Tensor d = torch::stable::contiguous(dy), c = torch::stable::contiguous(x);
   const ScalarType sum_type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -293,6 +298,12 @@ Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t
 
 }  // namespace
 }  // namespace dst_ops
+
+// What backend_report() names.
+extern "C" __attribute__((visibility("default"))) const char* dst_ops_isa() {
+  const dst_ops::Isa chosen = dst_ops::isa();
+  return chosen == dst_ops::Isa::avx512 ? "avx512" : chosen == dst_ops::Isa::avx2 ? "avx2" : "portable";
+}
 
 STABLE_TORCH_LIBRARY_IMPL(dst_ops, CPU, m) {
   m.impl("linear", TORCH_BOX(&dst_ops::linear));

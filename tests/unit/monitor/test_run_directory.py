@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dst_train.monitor import RunDirectory
+
+
+def test_it_is_made_with_its_parents_and_may_exist(tmp_path):
+    for _ in range(2):
+        run = RunDirectory(tmp_path / "a" / "b")
+    assert run.path.is_dir()
+    assert {run.checkpoints, run.tensorboard, run.log} == {
+        run.path / n for n in ("checkpoints", "tensorboard", "log.txt")
+    }
+
+
+def test_a_file_is_written_whole_or_not_at_all(run):
+    run.write_text("job.yaml", "old")
+    with pytest.raises(UnicodeEncodeError):
+        run.write_text("job.yaml", "half of the new text, then \ud800")  # a lone surrogate is not UTF-8
+    assert (run.path / "job.yaml").read_text() == "old"
+    run.write_text("job.yaml", "new")
+    assert [path.name for path in run.path.iterdir()] == ["job.yaml"]
+    assert (run.path / "job.yaml").read_text() == "new"
+
+
+def test_topology_has_a_line_for_each_update_and_layer(run, make_update):
+    run.append_topology(make_update(4, layers=("a", "b")))
+    run.append_topology(make_update(8, layers=("a", "b")))
+    entries = [json.loads(line) for line in run.topology.read_text().splitlines()]
+    assert [(entry["step"], entry["layer"]) for entry in entries] == [(4, "a"), (4, "b"), (8, "a"), (8, "b")]
+    assert entries[0] == {
+        "step": 4,
+        "number": 1,
+        "layer": "a",
+        "dropped": [0],
+        "grown": [3],
+        "churn": 1 / 3,
+        "active": [1, 2, 3],
+        "digest": "digest1",
+    }
+    assert run.active_units() == {"a": [(1, 2, 3), (2, 3, 4)], "b": [(1, 2, 3), (2, 3, 4)]}
+
+
+@pytest.mark.parametrize(("after_step", "kept"), [(0, []), (7, [4]), (8, [4, 8]), (99, [4, 8, 12])])
+def test_updates_after_a_step_are_forgotten(run, make_update, after_step, kept):
+    for step in (4, 8, 12):
+        run.append_topology(make_update(step, layers=("a", "b")))
+    run.truncate_topology(after_step)
+    steps = [json.loads(line)["step"] for line in run.topology.read_text().splitlines()]
+    assert steps == sorted(2 * kept)
+    run.append_topology(make_update(16))
+    assert json.loads(run.topology.read_text().splitlines()[-1])["step"] == 16
+
+
+@pytest.mark.parametrize("cut", [1, 20, 100])
+def test_a_cut_last_line_is_forgotten(run, make_update, cut):
+    run.append_topology(make_update(4))
+    whole = run.topology.read_text()
+    run.topology.write_text(whole + whole[:cut])
+    run.truncate_topology(4)
+    assert run.topology.read_text() == whole
+
+
+def test_a_run_without_updates_has_nothing_to_forget(run):
+    run.truncate_topology(10)
+    assert not run.topology.exists()
+    assert run.active_units() == {}

@@ -1,0 +1,212 @@
+"""Building, loading and falling back, each in a process or a cache of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dst_ops import build
+from tests.unit.ops.process import environment, python
+
+# Stands for a compiler: notes the call, takes a moment and writes whatever it was asked to write.
+COMPILER = """#!/bin/sh
+for argument; do
+  case $previous in -o) output=$argument ;; -c) [ -f "$argument" ] || exit 1 ;; esac
+  previous=$argument
+done
+echo "$output" >> {log}
+sleep {seconds}
+echo built > "$output"
+"""
+BUILD = "from dst_ops import build; print(build.build())"
+
+
+def _compiler(folder: Path, name: str = "compiler", seconds: float = 0.2) -> Path:
+    path = folder / name
+    path.write_text(COMPILER.format(log=folder / f"{name}.log", seconds=seconds))
+    path.chmod(0o755)
+    return path
+
+
+def _calls(compiler: Path) -> list[str]:
+    log = compiler.with_name(f"{compiler.name}.log")
+    return log.read_text().split() if log.exists() else []
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    code = """
+import torch, dst_ops
+assert not torch.cuda.is_initialized()
+assert dst_ops.backend_report().entries[0].kernel == "unbuilt"
+print(dst_ops.backend_report())
+"""
+    done = python(code, DST_OPS_CACHE=str(tmp_path), CXX="/bin/false", DST_OPS_REQUIRE_FUSED="1")
+    assert done.returncode == 0, done.stderr
+    assert "is built at first use" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
+    compiler, cache = _compiler(tmp_path), tmp_path / "cache"
+    env = environment(CXX=str(compiler), DST_OPS_CACHE=str(cache))
+    processes = [
+        subprocess.Popen([sys.executable, "-c", BUILD], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    printed = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(printed) == 1
+    assert Path(printed.pop().strip()).read_text() == "built\n"
+    assert len(_calls(compiler)) == len(set(_calls(compiler)))
+    assert _calls(compiler).count("library.so") == 1
+    assert sorted(p.suffix for p in cache.iterdir()) == ["", ".so"]  # the lock and the library: nothing half built
+
+
+def test_a_killed_build_does_not_block_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, cache = _compiler(tmp_path, "slow", seconds=60), tmp_path / "cache"
+    env = environment(CXX=str(slow), DST_OPS_CACHE=str(cache))
+    first = subprocess.Popen([sys.executable, "-c", BUILD], env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        while not _calls(slow):
+            assert first.poll() is None
+            time.sleep(0.05)
+        first.kill()
+        first.wait()
+        monkeypatch.setenv("DST_OPS_CACHE", str(cache))
+        monkeypatch.setenv("CXX", str(_compiler(tmp_path, "quick", seconds=0)))
+        assert build.build().read_text() == "built\n"
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)  # the compilers it started
+
+
+def test_folders_may_have_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = tmp_path / "my $sources: 1"
+    (sources / "cpu").mkdir(parents=True)
+    (sources / "cpu" / "ops.cpp").touch()
+    compiler = _compiler(tmp_path, seconds=0)
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setenv("DST_OPS_CACHE", str(tmp_path / "my cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build.build().is_file()
+    assert _calls(compiler) == ["ops.o", "library.so"]
+
+
+def test_the_library_is_named_by_sources_compiler_and_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DST_OPS_CACHE", str(tmp_path))
+    names = {build.library_path()}
+    monkeypatch.setenv("CXX", "another")
+    names.add(build.library_path())
+    monkeypatch.setattr(torch, "__version__", "0")
+    names.add(build.library_path())
+    (tmp_path / "source.cpp").write_text("int x;")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    names.add(build.library_path())
+    assert len(names) == 4
+    assert {name.parent for name in names} == {tmp_path}
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DST_OPS_CACHE", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert build.library_path().parent == Path.home() / ".cache" / "dst_ops"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/extensions")
+    assert build.library_path().parent == Path("/extensions/dst_ops")
+    monkeypatch.setenv("DST_OPS_CACHE", "/ours")
+    assert build.library_path().parent == Path("/ours")
+
+
+def test_ninja_need_not_be_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    with pytest.raises(FileNotFoundError, match="pip install ninja"):
+        build._ninja()
+    (tmp_path / "bin").mkdir()
+    beside = tmp_path / "bin" / "ninja"
+    beside.touch()
+    assert build._ninja() == str(beside)
+    beside.unlink()
+    on_path = tmp_path / "ninja"
+    on_path.touch(0o755)
+    assert build._ninja() == str(on_path)
+
+
+FALL_BACK = """
+import warnings, torch, dst_ops
+from tests.unit.ops.oracle import case
+warnings.simplefilter("always")
+c = case(24, 60, 9, 1, torch.float32)
+x, values, bias = (c[k].requires_grad_() for k in ("x", "values", "bias"))
+with warnings.catch_warnings(record=True) as caught:
+    for _ in range(2):
+        y = dst_ops.diagonal_linear(x, values, c["offsets"], bias, **c["sizes"])
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # around the backward pass: its sums stay in fp32
+            gradients = torch.autograd.grad(y, (x, values, bias), c["dy"])
+assert len(caught) == 1, caught
+print(caught[0].message)
+weight = dst_ops.to_dense(values, c["offsets"], **c["sizes"])
+expected = torch.nn.functional.linear(x, weight, bias)
+torch.testing.assert_close(y, expected)
+for got, want in zip(gradients, torch.autograd.grad(expected, (x, values, bias), c["dy"])):
+    torch.testing.assert_close(got, want)
+print(dst_ops.backend_report())
+"""
+
+
+def test_without_a_compiler_the_reference_serves_and_says_so(tmp_path: Path) -> None:
+    done = python(FALL_BACK, CXX="/bin/false", DST_OPS_CACHE=str(tmp_path), PYTHONPATH=os.getcwd())
+    assert done.returncode == 0, done.stderr
+    assert "the reference in plain PyTorch serves instead" in done.stdout
+    assert "/bin/false" in done.stdout
+    report = done.stdout.strip().splitlines()[-1]
+    assert "reference" in report
+    assert "the build failed" in report
+
+
+def test_without_a_compiler_it_can_be_an_error(tmp_path: Path) -> None:
+    done = python(
+        "import dst_ops; dst_ops.load()", CXX="/bin/false", DST_OPS_CACHE=str(tmp_path), DST_OPS_REQUIRE_FUSED="1"
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: dst_ops: the CPU kernels could not be built or loaded" in done.stderr
+    assert "/bin/false" in done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DST_OPS_ISA", "sse9")
+    with pytest.raises(ValueError, match="DST_OPS_ISA is 'sse9', expected portable, avx2 or avx512"):
+        build._load()
+
+
+RESULTS = """
+import sys, torch, dst_ops
+from tests.unit.ops.oracle import CASES, case
+results = []
+for shape in [*CASES, (768, 300, 60, 1), (300, 768, 60, 1)]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        c = case(*shape, dtype, (13,))
+        x, values, bias = (c[k].requires_grad_() for k in ("x", "values", "bias"))
+        y = dst_ops.diagonal_linear(x, values, c["offsets"], bias, **c["sizes"])
+        results += [y.detach(), *torch.autograd.grad(y, (x, values, bias), c["dy"])]
+torch.save(results, sys.argv[1])
+print(dst_ops.backend_report())
+"""
+
+
+def test_instruction_sets_agree(tmp_path: Path) -> None:
+    results = {}
+    for isa in ("portable", "avx2", "avx512"):  # at most: a processor without it takes the next lower
+        done = python(RESULTS, str(tmp_path / isa), DST_OPS_ISA=isa, PYTHONPATH=os.getcwd())
+        assert done.returncode == 0, done.stderr
+        if isa == "portable":
+            assert "portable kernels" in done.stdout
+        results[isa] = torch.load(tmp_path / isa)
+    # One order of sums; portable lacks fused multiply-add, so that the others may differ from it, but not among themselves.
+    assert all(torch.equal(a, b) for a, b in zip(results["avx2"], results["avx512"], strict=True))
+    for a, b in zip(results["portable"], results["avx512"], strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,176 @@
+"""The ops inside PyTorch's machinery: opcheck, compile, export, autocast, vmap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dst_ops
+from tests.unit.ops.oracle import case, dense
+from tests.unit.ops.process import python
+
+SHAPES = [(24, 60, 9, 1), (60, 24, 9, 1), (32, 32, 2, 4)]
+
+
+def _linear(c: dict[str, Any], x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    return dst_ops.diagonal_linear(x, values, c["offsets"], bias, **c["sizes"])
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_transposed", "dvalues"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(SHAPES[0], torch.float32), (SHAPES[1], torch.float32), (SHAPES[2], torch.bfloat16)], ids=str
+)
+def test_opcheck(shape: tuple[int, int, int, int], dtype: torch.dtype, op: str) -> None:
+    m, n, _, band = shape
+    c = case(*shape, dtype, (2, 5))
+    x, dy, values, bias = (c[k].requires_grad_() for k in ("x", "dy", "values", "bias"))
+    arguments: dict[str, tuple[Any, ...]] = {
+        "linear": (x, values, c["offsets"], m, band, bias),
+        "linear_transposed": (dy, values, c["offsets"], n, band),
+        "dvalues": (dy, x, c["offsets"], band),
+    }
+    torch.library.opcheck(getattr(torch.ops.dst_ops, op).default, arguments[op])
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_transposed", "dvalues"])
+def test_second_derivatives_of_every_op(op: str) -> None:
+    c = case(5, 7, 3, 1, torch.float64, (3,))
+    ops, offsets = torch.ops.dst_ops, c["offsets"]
+    x, dy, values = (c[k].requires_grad_() for k in ("x", "dy", "values"))
+    functions: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
+        "linear": (lambda x, v: ops.linear(x, v, offsets, 5, 1), (x, values)),
+        "linear_transposed": (lambda dy, v: ops.linear_transposed(dy, v, offsets, 7, 1), (dy, values)),
+        "dvalues": (lambda dy, x: ops.dvalues(dy, x, offsets, 1), (dy, x)),
+    }
+    assert torch.autograd.gradcheck(*functions[op])
+    assert torch.autograd.gradgradcheck(*functions[op])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compiles_whole(shape: tuple[int, int, int, int]) -> None:
+    c = case(*shape, torch.float32, (2, 5))
+    results = []
+    for function in (_linear, torch.compile(_linear, fullgraph=True, backend="aot_eager")):
+        x, values, bias = (c[k].clone().requires_grad_() for k in ("x", "values", "bias"))
+        y = function(c, x, values, bias)
+        results.append((y, *torch.autograd.grad(y, (x, values, bias), c["dy"])))
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results, strict=True))
+
+
+def test_compiles_for_any_batch() -> None:
+    c = case(24, 60, 9, 1, torch.float32)
+    compiled = torch.compile(_linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 4, 9):
+        x = torch.randn(rows, 60)
+        assert torch.equal(compiled(c, x, c["values"], None), _linear(c, x, c["values"], None))
+
+
+FRESH_COMPILE = """
+import torch, dst_ops
+offsets = torch.tensor([3, 0], dtype=torch.int32)
+def step(x, values):
+    return dst_ops.diagonal_linear(torch.relu(x), values, offsets, out_features=6, in_features=4).square().sum()
+x, values = torch.ones(5, 4), torch.ones(2, 4, requires_grad=True)
+loss = torch.compile(step, fullgraph=True)(x, values)
+loss.backward()
+print(loss.item(), values.grad.unique().tolist(), dst_ops.backend_report().entries[0].kernel)
+"""
+
+
+def test_inductor_compiles_it_as_the_first_use_in_a_process() -> None:
+    done = python(FRESH_COMPILE)
+    # Two diagonals of ones with four entries each; four rows of W hold one of them or two.
+    assert done.returncode == 0, done.stderr
+    weight = dense(torch.ones(2, 4), [3, 0], 6, 4, 1)
+    loss = 5 * weight.sum(1).square().sum().item()
+    loss_text, *_ = done.stdout.split()
+    assert float(loss_text) == loss
+    assert done.stdout.split()[-1] == "fused"
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, c: dict[str, Any]) -> None:
+        super().__init__()
+        self.values = torch.nn.Parameter(c["values"])
+        self.register_buffer("offsets", c["offsets"])
+        self.sizes = c["sizes"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dst_ops.diagonal_linear(x, self.values, self.offsets, **self.sizes)
+
+
+RUN_EXPORTED = """
+import sys, torch, dst_ops
+x, y = torch.load(sys.argv[2])
+program = torch.export.load(sys.argv[1]).module()
+assert torch.equal(program(x), y)
+assert torch.equal(program(x[:3]), y[:3])
+print(dst_ops.backend_report().entries[0].kernel)
+"""
+
+
+def test_an_exported_program_runs_fused_in_another_process(tmp_path: Path) -> None:
+    c = case(24, 60, 9, 1, torch.float32, (7,))
+    module = _Module(c)
+    program = torch.export.export(module, (c["x"],), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},))
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((c["x"], module(c["x"]).detach()), tmp_path / "data.pt")
+    done = python(RUN_EXPORTED, str(tmp_path / "program.pt2"), str(tmp_path / "data.pt"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "fused"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_all_inputs_and_keeps_parameter_gradients(dtype: torch.dtype) -> None:
+    c = case(24, 60, 9, 1, torch.float32)
+    x, values, bias = (c[k].requires_grad_() for k in ("x", "values", "bias"))
+    with torch.autocast("cpu", dtype=dtype):
+        y = _linear(c, x, values, bias)
+    assert y.dtype == dtype
+    assert torch.equal(y, _linear(c, x.to(dtype), values.to(dtype), bias.to(dtype)))
+    gradients = torch.autograd.grad(y, (x, values, bias), c["dy"].to(dtype))
+    assert [g.dtype for g in gradients] == [torch.float32] * 3
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    c = case(24, 60, 9, 1, torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = _linear(c, c["x"], c["values"], c["bias"])
+    assert torch.equal(y, _linear(c, c["x"], c["values"], c["bias"]))
+
+
+@pytest.mark.parametrize(
+    "in_dims", [(0, None, None), (1, None, None), (None, 0, None), (0, 1, None), (1, 0, 0), (None, None, 0)], ids=str
+)
+def test_vmap_is_a_loop(in_dims: tuple[int | None, ...]) -> None:
+    c = case(24, 60, 9, 1, torch.float32)
+    drawn = [torch.stack([c[k] * (i + 1) for i in range(3)]) for k in ("x", "values", "bias")]
+    arguments = [a[0] if d is None else a.movedim(0, d) for a, d in zip(drawn, in_dims, strict=True)]
+    mapped = torch.vmap(lambda *a: _linear(c, *a), in_dims=in_dims)(*arguments)
+    for i in range(3):
+        one = [a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)]
+        assert torch.equal(mapped[i], _linear(c, *one))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (0, 0), (None, 1)], ids=str)
+def test_vmap_of_the_backward_ops(in_dims: tuple[int | None, int | None]) -> None:
+    c = case(24, 60, 9, 1, torch.float32, (3, 5))
+    ops, offsets = torch.ops.dst_ops, c["offsets"]
+    values = torch.stack([c["values"]] * 3)
+    for op, second, rest in ((ops.linear_transposed, values, (60, 1)), (ops.dvalues, c["x"], (1,))):
+        pair = [a[0] if d is None else a.movedim(0, d) for a, d in zip((c["dy"], second), in_dims, strict=True)]
+        mapped = torch.vmap(lambda a, b, op=op, rest=rest: op(a, b, offsets, *rest), in_dims=in_dims)(*pair)
+        for i in range(3):
+            one = [a if d is None else a.select(d, i) for a, d in zip(pair, in_dims, strict=True)]
+            assert torch.equal(mapped[i], op(*one, offsets, *rest))
+
+
+def test_a_meta_tensor_gives_the_shape() -> None:
+    c = case(24, 60, 9, 1, torch.bfloat16, (2, 5))
+    meta = {k: c[k].to("meta") for k in ("x", "values", "offsets", "bias")}
+    y = dst_ops.diagonal_linear(meta["x"], meta["values"], meta["offsets"], meta["bias"], **c["sizes"])
+    assert (y.shape, y.dtype, y.device.type) == ((2, 5, 24), torch.bfloat16, "meta")
