@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import dst_ops
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import dst_ops
 from dst_train import data, models
 from dst_train.engine import compile_config
 from dst_train.job import BatchPlan, Job, JobError, dump

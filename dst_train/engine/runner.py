@@ -63,8 +63,6 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
             trainer = _build(job, plan, monitor, checkpoints, found, stop_requested)
             trainer.fit(plan.total_steps if stop_at is None else min(stop_at, plan.total_steps))
         finished = trainer.step == plan.total_steps
-        if finished and not trainer.last_evaluation:  # resumed after the last step
-            trainer.evaluate()
         return Outcome(directory.path, trainer.step, finished, trainer.last_evaluation)
     finally:
         monitor.close()

@@ -60,12 +60,14 @@ class Trainer:
             "step": self.step,
             "bad_samples": self.bad_samples,
             "skipped": self.skipped,
-            "row": self._skipped_in_a_row,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "last_evaluation": self.last_evaluation,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.bad_samples = state["step"], state["bad_samples"]
-        self.skipped, self._skipped_in_a_row = state["skipped"], state["row"]
+        self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.last_evaluation = state["last_evaluation"]
 
     def fit(self, stop_at: int) -> bool:
         """Train up to optimiser step `stop_at`; returns False when a stop was requested before.

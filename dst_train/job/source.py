@@ -138,7 +138,7 @@ def _override(source: Source, text: str) -> None:
     if not equals or not all(keys):
         raise JobError(f"--set {text}: expected KEY=VALUE with a dotted key, for example train.batch_size=64")
     try:
-        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        parsed = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise JobError(f"--set {text}: the value is not valid YAML: {error}") from error
     tree: dict[str, Any] = {keys[-1]: parsed}

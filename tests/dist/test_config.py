@@ -18,7 +18,13 @@ def _job(precision: str, stage: int) -> Job:
             "model": {"builder": "mlp", "in_features": 784, "hidden_features": [32], "num_classes": 2},
             "sparsity": {"rules": [{"match": "layers.*", "sparsity": 0.5}]},
             "data": {"train": {"shards": "x.tar", "samples": 100, "transform": "digits"}},
-            "train": {"epochs": 1, "batch_size": 24, "micro_batch_size": 4, "precision": precision, "clip_grad_norm": 0.7},
+            "train": {
+                "epochs": 1,
+                "batch_size": 24,
+                "micro_batch_size": 4,
+                "precision": precision,
+                "clip_grad_norm": 0.7,
+            },
             "optimizer": {"name": "sgd", "lr": 0.1},
             "deepspeed": {
                 "zero_optimization": {

@@ -86,6 +86,16 @@ def test_10_and_10_steps_equal_20_bitwise(
     assert (runs / "halves/topology.jsonl").read_text() == (runs / "whole/topology.jsonl").read_text()
 
 
+def test_a_finished_job_is_not_done_again(write_job: Any, run_job: Any, tmp_path: Path) -> None:
+    job = write_job(train__steps=6, schedule={})
+    first, again = run_job(job), run_job(job)
+    assert again.returncode == 0, again.stderr
+    assert first.stdout.splitlines()[-3:] == again.stdout.splitlines()[-3:]
+    assert "accuracy" in again.stdout
+    assert [step for step, _ in _scalars(tmp_path / "runs/small", "eval/accuracy")] == [6]
+    assert [step for step, _ in _scalars(tmp_path / "runs/small", "train/loss")] == list(range(1, 7))
+
+
 def _scalars(run: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()

@@ -28,12 +28,16 @@ def dense(values: Tensor, units: list[int], out_features: int, in_features: int,
         for i in range(band):
             for j in range(min(out_features, in_features)):
                 offset = unit * band + i
-                at = ((j + offset) % out_features, j) if out_features >= in_features else (j, (j + offset) % in_features)
+                at = (
+                    ((j + offset) % out_features, j) if out_features >= in_features else (j, (j + offset) % in_features)
+                )
                 weight[at] += values[slot * band + i, j].double()
     return weight
 
 
-def case(m: int, n: int, active: int, band: int, dtype: torch.dtype, batch: tuple[int, ...] = (5,), seed: int = 0) -> dict:
+def case(
+    m: int, n: int, active: int, band: int, dtype: torch.dtype, batch: tuple[int, ...] = (5,), seed: int = 0
+) -> dict:
     """x, values, offsets (in random order), bias, dy and the sizes."""
     g = torch.Generator().manual_seed(seed)
     units = torch.randperm(max(m, n) // band, generator=g)[:active]

@@ -55,7 +55,9 @@ def _assert_as_good_as_dense(c: dict[str, Any]) -> None:
             continue
         scale = truth[name].abs().max() + 1
         terms = max(*c["sizes"].values(), c["x"].numel() // c["x"].shape[-1])
-        rounding = terms * torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps + 2 * torch.finfo(value.dtype).eps
+        rounding = (
+            terms * torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps + 2 * torch.finfo(value.dtype).eps
+        )
         bound = 2 * (plain[name].double() - truth[name]).abs().max() + rounding * scale
         assert (value.double() - truth[name]).abs().max() <= bound, name
 
@@ -75,7 +77,10 @@ def test_batches(shape: tuple[int, int, int, int], batch: tuple[int, ...]) -> No
 def test_non_contiguous_inputs() -> None:
     c = case(24, 60, 9, 1, torch.float32, (6, 8))
     whole = _actual(c)
-    c["x"], c["dy"] = c["x"].transpose(0, 1).contiguous().transpose(0, 1), c["dy"][:, ::1].clone().as_strided((6, 8, 24), (192, 24, 1))
+    c["x"], c["dy"] = (
+        c["x"].transpose(0, 1).contiguous().transpose(0, 1),
+        c["dy"][:, ::1].clone().as_strided((6, 8, 24), (192, 24, 1)),
+    )
     c["values"] = c["values"].t().contiguous().t()
     strided = _actual(c)
     assert not c["x"].is_contiguous()
@@ -189,16 +194,44 @@ def test_the_other_functions_check_too() -> None:
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 9], dtype=torch.int32), 4, 1), "is 9, expected 0 to 3"),
-        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([2, 2], dtype=torch.int32), 4, 1), "repeats unit 2"),
+        (
+            "linear",
+            (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 9], dtype=torch.int32), 4, 1),
+            "is 9, expected 0 to 3",
+        ),
+        (
+            "linear",
+            (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([2, 2], dtype=torch.int32), 4, 1),
+            "repeats unit 2",
+        ),
         ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 1]), 4, 1), "must be int32"),
         ("linear", (torch.zeros(2, 4), torch.zeros(2, 3), torch.tensor([0, 1], dtype=torch.int32), 4, 1), "values is"),
-        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0], dtype=torch.int32), 4, 3), "band 3 must divide 4"),
-        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4).double(), torch.tensor([0, 1], dtype=torch.int32), 4, 1), "one dtype"),
-        ("linear", (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 1], dtype=torch.int32), 4, 1, torch.zeros(3)), "bias must be"),
+        (
+            "linear",
+            (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0], dtype=torch.int32), 4, 3),
+            "band 3 must divide 4",
+        ),
+        (
+            "linear",
+            (torch.zeros(2, 4), torch.zeros(2, 4).double(), torch.tensor([0, 1], dtype=torch.int32), 4, 1),
+            "one dtype",
+        ),
+        (
+            "linear",
+            (torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 1], dtype=torch.int32), 4, 1, torch.zeros(3)),
+            "bias must be",
+        ),
         ("linear", (torch.tensor(1.0), torch.zeros(2, 4), torch.tensor([0, 1], dtype=torch.int32), 4, 1), "dst_ops: x"),
-        ("linear", (torch.zeros(2, 4).int(), torch.zeros(2, 4).int(), torch.tensor([0, 1], dtype=torch.int32), 4, 1), "dtype must be"),
-        ("dvalues", (torch.zeros(2, 4), torch.zeros(2, 4).double(), torch.tensor([0], dtype=torch.int32), 1), "one dtype"),
+        (
+            "linear",
+            (torch.zeros(2, 4).int(), torch.zeros(2, 4).int(), torch.tensor([0, 1], dtype=torch.int32), 4, 1),
+            "dtype must be",
+        ),
+        (
+            "dvalues",
+            (torch.zeros(2, 4), torch.zeros(2, 4).double(), torch.tensor([0], dtype=torch.int32), 1),
+            "one dtype",
+        ),
         ("dvalues", (torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor([0], dtype=torch.int32), 1), "as many rows"),
     ],
 )

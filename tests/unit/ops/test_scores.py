@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ def test_scores(shape: tuple[int, int, int, int], block: int, monkeypatch: pytes
     m, n, _, band = shape
     torch.manual_seed(0)
     x, dy = torch.randn(6, n), torch.randn(6, m)
-    seen = []
+    seen: list[int] = []
 
     def reduce(part: Tensor, first_row: int) -> Tensor:
         assert part.is_contiguous()
@@ -36,7 +38,9 @@ def test_scores(shape: tuple[int, int, int, int], block: int, monkeypatch: pytes
         seen.extend(range(first_row, first_row + part.shape[0]))
         return part
 
-    scores = dst_ops.diagonal_scores(x.view(2, 3, n), dy.view(2, 3, m), out_features=m, in_features=n, band=band, reduce=reduce)
+    scores = dst_ops.diagonal_scores(
+        x.view(2, 3, n), dy.view(2, 3, m), out_features=m, in_features=n, band=band, reduce=reduce
+    )
     assert seen == list(range(m))
     # A mean of |sum of 6 products| in fp32.
     torch.testing.assert_close(scores.double(), _expected(x, dy, band), rtol=1e-5, atol=1e-6)
@@ -51,7 +55,7 @@ def test_reduce_acts_before_the_absolute_value() -> None:
         held[first_row] = part.clone()
         return part
 
-    sizes = {"out_features": 12, "in_features": 20}
+    sizes: dict[str, Any] = {"out_features": 12, "in_features": 20}
     dst_ops.diagonal_scores(x[:4], dy[:4], **sizes, reduce=hold)
     both = dst_ops.diagonal_scores(x[4:], dy[4:], **sizes, reduce=lambda part, first_row: part + held[first_row])
     torch.testing.assert_close(both, dst_ops.diagonal_scores(x, dy, **sizes), rtol=1e-5, atol=1e-6)
