@@ -7,10 +7,9 @@ import hashlib
 import json
 import os
 import re
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -99,31 +98,25 @@ def _nearest(word: str, choices: Sequence[str]) -> str:
 
 def _allowed(key: Key, data: Any) -> list[str]:
     """The fields of the model that stands at `key`."""
-    annotation: Any = Job
+    model: type[BaseModel] = Job
     for name in key:
-        annotation = (
-            _model(annotation, data).model_fields[name].annotation if isinstance(name, str) else get_args(annotation)[0]
-        )
         data = data[name]
-        while get_origin(annotation) is Annotated:
-            annotation = get_args(annotation)[0]
-    extra = [] if key else ["extends"]
-    return [*_model(annotation, data).model_fields, *extra]
+        if isinstance(name, str):  # an item of a list has the model that the list names
+            models = _models(model.model_fields[name].annotation)
+            model = models[0] if len(models) == 1 else _tagged(models, data)
+    return [*model.model_fields, *([] if key else ["extends"])]
 
 
-def _model(annotation: Any, data: Any) -> type[BaseModel]:
-    """The model class in `annotation`; among several, the one whose `builder` the data names."""
-    if get_origin(annotation) is Annotated:
-        return _model(get_args(annotation)[0], data)
-    if get_origin(annotation) in (Union, types.UnionType):
-        models = [a for a in get_args(annotation) if a is not type(None)]
-        named = (
-            [m for m in models if get_args(m.model_fields.get("builder", m).annotation)[:1] == (data.get("builder"),)]
-            if len(models) > 1
-            else models
-        )
-        return _model(named[0], data)
-    return annotation
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The model classes that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
+def _tagged(models: list[type[BaseModel]], data: Any) -> type[BaseModel]:
+    """The member of a union that the data's `builder` names."""
+    return next(m for m in models if data["builder"] in get_args(m.model_fields["builder"].annotation))
 
 
 def _by_line(problem: str) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Strict(BaseModel):
@@ -38,7 +39,7 @@ class Rule(Strict):
     match: str
     """Glob over module names, for example `blocks.*.mlp.fc*`. The last rule that matches a layer wins."""
     pattern: Literal["diagonal"] = "diagonal"
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None
+    sparsity: Share | None
     """Share of weights that are absent; null keeps the layer dense."""
     band: Positive = 1
     """Adjacent diagonals chosen as one unit; must divide max(in_features, out_features)."""
@@ -80,7 +81,7 @@ class Data(Strict):
     num_workers: Count = 0
     """Loader processes per rank."""
     max_bad_samples: Count = 0
-    """Undecodable samples that may be replaced by their successor, per rank and run, before the job fails."""
+    """Undecodable samples, over all ranks and the whole run, that may be replaced by their successor before the job fails."""
     cache_dir: str | None = None
     """Where remote shards are kept."""
 
@@ -96,7 +97,7 @@ class Train(Strict):
     precision: Literal["fp32", "bf16", "bf16_params"] = "bf16"
     """`bf16`: autocast, parameters and optimiser in fp32. `bf16_params`: bf16 parameters with fp32 masters (ZeRO 1 to 3)."""
     clip_grad_norm: Annotated[float, Field(gt=0.0)] | None = None
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    label_smoothing: Share = 0.0
     max_skipped_steps: Count = 0
     """Steps with a non-finite loss or gradient that may be skipped in a row before the job fails."""
 
@@ -112,9 +113,9 @@ class Optimizer(Strict):
     lr: Annotated[float, Field(gt=0.0)]
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Applied to matrices only; biases, norms and other vectors are not decayed."""
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False)
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), strict=False)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    momentum: Share = 0.9
     """For sgd."""
 
 
@@ -177,10 +178,15 @@ class Job(Strict):
     monitor: Monitor = Monitor()
 
     @model_validator(mode="after")
-    def _precision_and_stage(self) -> Job:
+    def _what_stage_0_cannot_do(self) -> Job:
         if self.train.precision == "bf16_params" and self.deepspeed.zero_optimization.stage == 0:
             raise ValueError(
                 "train.precision bf16_params with deepspeed.zero_optimization.stage 0 takes a false first optimiser step "
                 "in DeepSpeed; use stage 1, 2 or 3, or precision bf16"
+            )
+        if self.train.max_skipped_steps and self.deepspeed.zero_optimization.stage == 0:
+            raise ValueError(
+                f"train.max_skipped_steps {self.train.max_skipped_steps} with deepspeed.zero_optimization.stage 0: without "
+                "ZeRO nothing stands between a bad gradient and the weights; use stage 1, 2 or 3, or max_skipped_steps 0"
             )
         return self

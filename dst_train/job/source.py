@@ -81,9 +81,8 @@ def _read_file(path: Path) -> Source:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: cannot be read: {error}") from error
-    loader = _Loader(text)
-    loader.name = str(path)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise JobError(f"{path}:1: a job is a mapping of keys to values")
@@ -94,8 +93,6 @@ def _read_file(path: Path) -> Source:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise JobError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
     return source
 
 
@@ -141,6 +138,11 @@ def _override(source: Source, text: str) -> None:
         parsed = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise JobError(f"--set {text}: the value is not valid YAML: {error}") from error
+    parent: Any = source.data
+    for key in keys[:-1]:
+        parent = parent.get(key) if isinstance(parent, dict) else None
+    if isinstance(parent, dict):
+        parent.pop(keys[-1], None)  # an override sets the key: a mapping does not merge into the old one
     tree: dict[str, Any] = {keys[-1]: parsed}
     for key in reversed(keys[:-1]):
         tree = {key: tree}

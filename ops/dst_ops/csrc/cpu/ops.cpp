@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -159,15 +160,20 @@ void product(const In* in, const In* values, const In* bias, In* out, const std:
   const Windows w = windows(active, P, L, tile, scatter);
   const int64_t tiles = static_cast<int64_t>(w.first.size()) - 1, padded = tiles * tile;
 
-  std::vector<T> weights(w.start.size() * tile), init(padded, T(0));
+  const std::unique_ptr<T[]> weights(new T[w.start.size() * tile]);  // not a vector: it would be zeroed first
+  std::vector<T> init(padded, T(0));
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t e = w.first[t]; e < w.first[t + 1]; ++e) {
         const In* v = values + w.slot[e] * L;
-        T* to = weights.data() + e * tile;
+        T* to = weights.get() + e * tile;
+        const int64_t from = scatter ? w.start[e] : t * tile;  // index into the stored diagonal
+        if (from + tile <= L) {
+          copy_out(v + from, tile, to);
+          continue;
+        }
         for (int64_t c = 0; c < tile; ++c) {
-          int64_t l = scatter ? w.start[e] + c : t * tile + c;  // index into the stored diagonal
-          if (l >= P) l -= P * (l / P);
+          const int64_t l = (from + c) % P;
           to[c] = l < L ? static_cast<T>(v[l]) : T(0);
         }
       }
@@ -185,7 +191,7 @@ void product(const In* in, const In* values, const In* bias, In* out, const std:
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t e = w.chunk(t, c, chunks), end_e = w.chunk(t, c + 1, chunks);
           T* sum = sums.data() + t * tile;
-          kernel.multiply(rows.data(), count, ld, w.start.data() + e, weights.data() + e * tile, end_e - e,
+          kernel.multiply(rows.data(), count, ld, w.start.data() + e, weights.get() + e * tile, end_e - e,
                           c == 0 ? init.data() + t * tile : sum, c == 0 ? 0 : padded, sum, padded);
         }
       for (int64_t r = 0; r < count; ++r) copy_out(sums.data() + r * padded, O, out + (b + r) * O);

@@ -1,0 +1,178 @@
+"""Reading jobs: what is accepted, and how every mistake is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dst_train.job import Job, JobError, digest, dump, load
+from tests.unit.job.conftest import TEXT
+
+Write = Callable[..., Path]
+
+
+def _lines(path: Path, overrides: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(JobError) as caught:
+        load(path, overrides)
+    return str(caught.value).replace(f"{path.parent}/", "").splitlines()
+
+
+def test_defaults_and_numbers(base: Job) -> None:
+    assert base.optimizer.lr == 1e-3  # YAML 1.1 alone reads 1e-3 as text
+    assert base.deepspeed.zero_optimization.stage == 1
+    assert base.sparsity is not None
+    assert base.sparsity.rules[0].sparsity == 0.9
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("method: rigl", "method: rigle", "job.yaml:6 topology.method: 'rigle' is unknown; did you mean 'rigl'? (choose one of static, set, rigl)"),
+        ("method: rigl", "metod: rigl", "job.yaml:6 topology.metod: unknown key; did you mean 'method'? (allowed: method, update, drop_fraction, grow_signal)"),
+        ("sparsity: 0.9", "sparsity: 1.0", "job.yaml:5 sparsity.rules.0.sparsity: input should be less than 1, got 1.0"),
+        ("sparsity: 0.9", "sparsity: -0.1", "job.yaml:5 sparsity.rules.0.sparsity: input should be greater than or equal to 0, got -0.1"),
+        ("sparsity: 0.9", "sparsity: 0.9, bnd: 2", "job.yaml:5 sparsity.rules.0.bnd: unknown key; did you mean 'band'? (allowed: match, pattern, sparsity, band)"),
+        ("sparsity: 0.9", "sparsity: 0.9, pattern: block", "job.yaml:5 sparsity.rules.0.pattern: 'block' is unknown (choose one of diagonal)"),
+        ("samples: 1000", "samples: many", "job.yaml:8 data.train.samples: input should be a valid integer, got 'many'"),
+        ("samples: 1000", "samples: 10.5", "job.yaml:8 data.train.samples: input should be a valid integer, got 10.5"),
+        ("  epochs: 2\n", "", "job.yaml:9 train: give exactly one of epochs and steps, got epochs=None, steps=None"),
+        ("  epochs: 2\n", "  epochs: 2\n  steps: 3\n", "job.yaml:9 train: give exactly one of epochs and steps, got epochs=2, steps=3"),
+        ("  batch_size: 100\n", "", "job.yaml:9 train.batch_size: this key is required"),
+        ("builder: mlp", "builder: mpl", "job.yaml:2 model.builder: 'mpl' is unknown; did you mean 'mlp'? (choose one of timm, mlp)"),
+        ("builder: mlp, ", "", "job.yaml:2 model.builder: this key is required"),
+        ("num_classes: 10", "num_clases: 10", "job.yaml:2 model.num_clases: unknown key; did you mean 'num_classes'? (allowed: builder, in_features, hidden_features, num_classes)"),
+        ("name: base", "name: a b", "job.yaml:1 name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', got 'a b'"),
+        ("name: base", "nam: base\nname: base", "job.yaml:1 nam: unknown key; did you mean 'name'? (allowed: name, seed,"),
+        ("{lr: 1e-3}", "{lr: 1e-3, betas: [0.9, 1.0]}", "job.yaml:13 optimizer.betas.1: input should be less than 1, got 1.0"),
+        ("{lr: 1e-3}", "{lr: 1e-3}\ncheckpoint: {keep: 1}", "job.yaml:14 checkpoint.keep: input should be greater than or equal to 2, got 1"),
+        ("{lr: 1e-3}", "{lr: 1e-3}\ndeepspeed: {zero_optimization: {stage: 4}}", "job.yaml:14 deepspeed.zero_optimization.stage: input should be less than or equal to 3, got 4"),
+        ("{method: rigl}", "[rigl]", "job.yaml:6 topology: input should be a valid dictionary or instance of Topology, got ['rigl']"),
+        ("name: base", "name: base\nseed: 1\nseed: 2", "job.yaml:3 seed: stands twice, first at job.yaml:2"),
+        ("name: base", "name: base\n3: 2", "job.yaml:2: the key '3' is not text; put it in quotes"),
+        ("name: base", "name: [base", "job.yaml:2: not valid YAML: expected ',' or ']', but got ':'"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_named_with_its_place(write: Write, old: str, new: str, expected: str) -> None:
+    assert old in TEXT
+    lines = _lines(write(TEXT.replace(old, new, 1)))
+    assert any(line.startswith(expected) for line in lines), lines
+
+
+def test_all_mistakes_at_once_in_the_order_of_the_file(write: Write) -> None:
+    text = TEXT.replace("rigl", "riggle").replace("0.9", "7").replace("1e-3", "-1")
+    assert [line.split()[0] for line in _lines(write(text))] == ["job.yaml:5", "job.yaml:6", "job.yaml:13"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("train.precision=bf16_params", "deepspeed.zero_optimization.stage=0"), "takes a false first optimiser step"),
+        (("train.max_skipped_steps=3", "deepspeed.zero_optimization.stage=0"), "train.max_skipped_steps 3 with deepspeed.zero_optimization.stage 0"),
+    ],
+)  # fmt: skip
+def test_what_stage_0_cannot_do(write: Write, overrides: tuple[str, ...], message: str) -> None:
+    (line,) = _lines(write(), overrides)
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a\n", "job.yaml:1: a job is a mapping"),
+        ("", "job.yaml:1: a job is a mapping"),
+        ("a: \x00", "job.yaml: not valid YAML: unacceptable character"),
+    ],
+)
+def test_files_that_are_no_job(write: Write, text: str, expected: str) -> None:
+    assert _lines(write(text))[0].startswith(expected)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert _lines(tmp_path / "none.yaml")[0].startswith("none.yaml: cannot be read: ")
+
+
+def test_extends_merges_mappings_and_replaces_lists(write: Write) -> None:
+    write(name="base.yaml")
+    write(
+        "extends: base.yaml\nname: middle\ntrain: {batch_size: 50}\nsparsity: {rules: [{match: '*', sparsity: 0.5}]}\n",
+        "middle.yaml",
+    )
+    job = load(write("extends: middle.yaml\nname: leaf\ntopology: {update: {every: 7}}\n", "leaf.yaml"))
+    assert (job.name, job.train.batch_size, job.train.micro_batch_size) == ("leaf", 50, 25)
+    assert (job.topology.method, job.topology.update.every) == ("rigl", 7)
+    assert job.sparsity is not None
+    assert [rule.match for rule in job.sparsity.rules] == ["*"]
+    assert load(write("extends: base.yaml\nsparsity: null\n", "dense.yaml")).sparsity is None
+
+
+def test_mistakes_name_the_file_in_which_they_stand(write: Write) -> None:
+    write(TEXT.replace("rigl", "riggle").replace("  micro_batch_size: 25\n", ""), "base.yaml")
+    lines = _lines(write("extends: base.yaml\ntrain:\n  batchsize: 50\n", "leaf.yaml"))
+    assert len(lines) == 3
+    assert any(line.startswith("base.yaml:6 topology.method") for line in lines)
+    assert any(
+        line.startswith("leaf.yaml:3 train.batchsize: unknown key; did you mean 'batch_size'?") for line in lines
+    )
+    assert any("train.micro_batch_size: this key is required" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("parent", "expected"),
+    [
+        ("leaf.yaml", "extends itself through"),
+        ("none.yaml", "leaf.yaml:1 extends: none.yaml does not exist"),
+        ("[a, b]", "leaf.yaml:1 extends: ['a', 'b'] is not the path of one YAML file"),
+    ],
+)
+def test_extends_errors(write: Write, parent: str, expected: str) -> None:
+    assert expected in _lines(write(f"extends: {parent}\n", "leaf.yaml"))[0]
+
+
+def test_overrides(write: Write) -> None:
+    job = load(
+        write(),
+        ["train.batch_size=200", "run_root=a=b", "optimizer.betas=[0.5, 0.6]", "sparsity=null", "schedule.min_lr=1e-5"],
+    )
+    assert (job.train.batch_size, job.run_root, job.sparsity) == (200, "a=b", None)
+    assert job.optimizer.betas == (0.5, 0.6)
+    assert job.schedule.min_lr == 1e-5
+    assert load(write(), ["train.epochs=null", "train.steps=5"]).train.steps == 5
+    replaced = load(write(), ["model={builder: timm, name: x}"])
+    assert replaced.model.model_dump() == {"builder": "timm", "name": "x", "args": {}}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.batch_size", "--set train.batch_size: expected KEY=VALUE"),
+        ("train..x=1", "--set train..x=1: expected KEY=VALUE"),
+        ("seed=[", "--set seed=[: the value is not valid YAML"),
+        ("seed=x", "--set seed=x: seed: input should be a valid integer, got 'x'"),
+        ("train.sede=1", "--set train.sede=1: train.sede: unknown key"),
+        ("deepspeed.stage=1", "--set deepspeed.stage=1: deepspeed.stage: unknown key (allowed: zero_optimization)"),
+    ],
+)
+def test_override_errors(write: Write, override: str, expected: str) -> None:
+    assert any(line.startswith(expected) for line in _lines(write(), (override,)))
+
+
+def test_environment_variables_stand_in_paths_only(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DST_TEST", "/data")
+    monkeypatch.delenv("DST_NONE", raising=False)
+    text = TEXT.replace("a-{000..003}", "${DST_TEST}/a-{000..003}").replace("layers.*", "${DST_TEST}")
+    job = load(write(text), ["data.cache_dir=${DST_TEST}/cache", "run_root=$HOME/${DST_TEST}"])
+    assert job.data.train.shards == "/data/a-{000..003}.tar"
+    assert (job.data.cache_dir, job.run_root) == ("/data/cache", "$HOME//data")
+    assert job.sparsity is not None
+    assert job.sparsity.rules[0].match == "${DST_TEST}"
+    lines = _lines(write(TEXT.replace("a-{", "${DST_NONE}/a-{")))
+    assert lines == ["job.yaml:8 data.train.shards: the environment variable DST_NONE is not set"]
+
+
+def test_dump_reads_back_and_the_digest_tells_jobs_apart(write: Write, base: Job) -> None:
+    again = load(write(dump(base), "again.yaml"))
+    assert again == base
+    assert digest(again) == digest(base)
+    assert digest(load(write(), ["seed=1"])) != digest(base)

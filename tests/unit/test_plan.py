@@ -1,0 +1,140 @@
+"""`dst-train plan` and what it refuses, and the imports that the command needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from dst_train.cli import main
+from dst_train.data import write_shards
+from dst_train.job import JobError, load
+from dst_train.plan import prepare
+
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    write_shards(tmp_path, "a", np.zeros((40, 28, 28), np.uint8), np.zeros(40, np.int64), 20)
+    job: dict[str, Any] = {
+        "name": "small",
+        "model": {"builder": "mlp", "in_features": 784, "hidden_features": [64, 32], "num_classes": 4},
+        "sparsity": {"rules": [{"match": "layers.*", "sparsity": 0.75}]},
+        "data": {"train": {"shards": f"{tmp_path}/a-{{000000..000001}}.tar", "samples": 40, "transform": "digits"}},
+        "train": {"epochs": 3, "batch_size": 8, "micro_batch_size": 2},
+        "optimizer": {"lr": 0.1},
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+def test_the_plan_says_what_the_job_would_do(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(job_file), "--ranks", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "8 samples per step = 2 x 2 accumulated x 2 ranks; 5 steps per epoch, 15 steps" in text
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("  layers.0 ")]
+    assert row == ["layers.0", "64", "x", "784", "diagonal", "196", "/", "784", "0.2500", "12,608"]
+    assert '"train_micro_batch_size_per_gpu": 2' in text
+    assert "fused" in text
+    assert "in_features: 784" in text
+
+
+def test_counts_by_hand(job_file: Path) -> None:
+    plan = prepare(load(job_file), 2)
+    kept = [784 // 4 * 64, 64 // 4 * 32, 32 * 4]
+    # One multiplication and one addition for each weight kept, and for each weight when dense.
+    assert plan.flops == (2 * sum(kept), 2 * (784 * 64 + 64 * 32 + 32 * 4))
+    assert plan.report.parameters == sum(kept) + 64 + 32 + 4
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"),
+    [
+        # Bytes per parameter on one of 2 ranks: parameters, gradients, masters, moments.
+        (0, "fp32", (4, 4, 0, 8)),
+        (1, "bf16", (4, 4, 2, 4)),
+        (2, "fp32", (4, 2, 2, 4)),
+        (3, "fp32", (2, 2, 2, 4)),
+        (1, "bf16_params", (2, 2, 2, 4)),
+        (3, "bf16_params", (1, 1, 2, 4)),
+    ],
+)
+def test_memory_by_hand(job_file: Path, stage: int, precision: str, expected: tuple[int, ...]) -> None:
+    job = load(job_file, [f"deepspeed.zero_optimization.stage={stage}", f"train.precision={precision}"])
+    plan = prepare(job, 2, check_data=False)
+    count = plan.report.parameters
+    assert tuple(plan.memory.values()) == (*(e * count for e in expected), sum(expected) * count)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.micro_batch_size=3"], "train.micro_batch_size 3 does not divide the 8 samples"),
+        (["data.train.shards=none.tar"], "none.tar does not exist"),
+        (["data.train.samples=41"], "40 samples in 2 shards, but the job says samples: 41"),
+        (["sparsity.rules=[{match: 'blocks.*', sparsity: 0.5}]"], "sparsity: rule 'blocks.*' matches no linear layer"),
+        (["sparsity.rules=[{match: 'layers.*', sparsity: 0.5, band: 5}]"], "sparsity: layer layers.0 (rule 'layers.*'): band=5"),
+        (["sparsity.rules=[{match: 'layers.*', sparsity: 1}]"], "input should be less than 1, got 1"),
+        (["topology.method=rigle"], "did you mean 'rigl'?"),
+        (["train.batch=3"], "did you mean 'batch_size'?"),
+        (["model={builder: timm, name: vit_tny_patch16_224}"], "vit_tiny_patch16_224"),
+        (["model={builder: timm, name: vit_tiny_patch16_224, args: {patches: 3}}"], "model.args: timm cannot build"),
+        (["model.in_features=100", "sparsity=null"], "model: it does not take a sample of shape (1, 28, 28)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_with_exit_code_2(
+    job_file: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(job_file), *(text for override in overrides for text in ("--set", override))]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert not output.out
+
+
+def test_no_data_and_bad_ranks(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(job_file), "--set", "data.train.shards=none.tar", "--no-data"]) == 0
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(job_file), "--ranks", "0"])
+    assert caught.value.code == 2
+    assert "--ranks 0: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_job_plans(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGENET", "/data")
+    plan = prepare(load(path), 8 if "imagenet" in path.stem else 2, check_data=False)
+    assert plan.batch.accumulation == 1
+    layers = [layer.name for layer in plan.report.layers]
+    if "imagenet" in path.stem:
+        assert len(layers) == 36
+        assert not any("qkv" in name for name in layers)
+        assert plan.report.density == pytest.approx(0.1, abs=1e-3)
+    assert bool(layers) == ("dense" not in path.stem)
+
+
+def test_data_is_checked_in_both_splits(job_file: Path) -> None:
+    job = load(job_file, ["data.eval={shards: other.tar, samples: 3, transform: digits}"])
+    with pytest.raises(JobError, match=r"other\.tar does not exist"):
+        prepare(job, 1)
+
+
+@pytest.mark.parametrize("command", ["import dst_train", "from dst_train.cli import main; main(['schema'])"])
+def test_what_needs_no_torch_does_not_import_it(command: str) -> None:
+    check = (
+        f"{command}; import sys; print([m for m in ('torch', 'deepspeed', 'timm', 'tensorboard') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_plan_needs_no_deepspeed() -> None:
+    check = "import dst_train.plan, sys; print('deepspeed' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "False"
