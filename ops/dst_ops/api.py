@@ -47,20 +47,20 @@ def diagonal_linear(
     # Here and not as an autocast kernel of the op: torch.library.register_autocast casts to one dtype named when it is
     # registered, whatever dtype the autocast region asks for. Like torch's own, this leaves float64 alone.
     device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_offsets(offsets, out_features, in_features, band)
     _check(x.dtype in DTYPES, "x", "dtype", x.dtype, "float32, bfloat16, float16 or float64")
-    _check(x.dim() >= 1 and x.shape[-1] == in_features, "x", "shape", x.shape, f"[..., in_features={in_features}]")
+    _check(x.dim() >= 1 and x.shape[-1] == in_features, "x", "shape", x.shape, "[..., in_features={}]", in_features)
     expected = (offsets.shape[0] * band, min(out_features, in_features))
     _check(tuple(values.shape) == expected, "values", "shape", values.shape, expected)
     _check(values.dtype == x.dtype, "values", "dtype", values.dtype, f"the dtype of x, {x.dtype} (or autocast)")
     _check(values.device == x.device, "values", "device", values.device, f"the device of x, {x.device}")
     _check(offsets.device == x.device, "offsets", "device", offsets.device, f"the device of x, {x.device}")
     if bias is not None:
-        _check(tuple(bias.shape) == (out_features,), "bias", "shape", bias.shape, f"({out_features},)")
+        _check(tuple(bias.shape) == (out_features,), "bias", "shape", bias.shape, (out_features,))
         _check(bias.dtype == x.dtype, "bias", "dtype", bias.dtype, f"the dtype of x, {x.dtype}")
         _check(bias.device == x.device, "bias", "device", bias.device, f"the device of x, {x.device}")
     return torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
@@ -109,7 +109,7 @@ def diagonal_scores(
         ValueError: as `diagonal_linear`.
     """
     _check_band(out_features, in_features, band)
-    _check(x.shape[-1:] == (in_features,), "x", "shape", x.shape, f"[..., in_features={in_features}]")
+    _check(x.shape[-1:] == (in_features,), "x", "shape", x.shape, "[..., in_features={}]", in_features)
     expected = (*x.shape[:-1], out_features)
     _check(tuple(dy.shape) == expected, "dy", "shape", dy.shape, expected)
     _check(dy.device == x.device, "dy", "device", dy.device, f"the device of x, {x.device}")
@@ -139,9 +139,11 @@ def _add_diagonal_sums(sums: Tensor, block: Tensor, first_row: int, out_features
     sums.index_add_(0, candidate, buffer.view(rows, width).sum(0))
 
 
-def _check(ok: bool, argument: str, what: str, got: object, expected: object) -> None:
+def _check(ok: bool, argument: str, what: str, got: object, expected: object, *sizes: int) -> None:
+    """`sizes` fill the braces of `expected` here and not in the caller: dynamo cannot put a dynamic size into a string."""
     if not ok:
         got = tuple(got) if isinstance(got, torch.Size) else got
+        expected = expected.format(*sizes) if isinstance(expected, str) else expected
         raise ValueError(f"{argument}: {f'{what} {got}'.strip()}, expected {expected}")
 
 
@@ -154,7 +156,8 @@ def _check_band(out_features: int, in_features: int, band: int) -> None:
         "band",
         "",
         band,
-        f"a divisor of max(out_features, in_features) = {candidates}",
+        "a divisor of max(out_features, in_features) = {}",
+        candidates,
     )
 
 
@@ -167,7 +170,8 @@ def _check_offsets(offsets: Tensor, out_features: int, in_features: int, band: i
         "offsets",
         "shape",
         offsets.shape,
-        f"[1 to {units}]",
+        "[1 to {}]",
+        units,
     )
     if torch.compiler.is_compiling() or type(offsets) is not Tensor or offsets.device.type != "cpu":
         return  # the numbers are not there yet, or reading them would wait for the device
