@@ -232,6 +232,32 @@ def test_the_other_functions_check_too() -> None:
             (torch.zeros(2, 4), torch.zeros(2, 4).double(), torch.tensor([0], dtype=torch.int32), 1),
             "one dtype",
         ),
+        (
+            "linear",
+            (torch.zeros(2, 0), torch.zeros(1, 0), torch.zeros(1, dtype=torch.int32), 4, 1),
+            "at least one feature",
+        ),
+        (
+            "linear",
+            (torch.zeros(2, 4), torch.zeros(1, 0), torch.zeros(1, dtype=torch.int32), 0, 1),
+            "out_features must be at least 1",
+        ),
+        ("linear", (torch.zeros(2, 4), torch.zeros(4), torch.zeros(1, dtype=torch.int32), 4, 1), r"values \[K, L\]"),
+        (
+            "linear",
+            (torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), 2**31, 1),
+            "is 2147483648, expected",
+        ),
+        (
+            "linear_transposed",
+            (torch.tensor(1.0), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), 4, 1),
+            "at least one feature",
+        ),
+        (
+            "dvalues",
+            (torch.zeros(2, 4), torch.zeros(2, 0), torch.zeros(1, dtype=torch.int32), 1),
+            "at least one feature",
+        ),
         ("dvalues", (torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor([0], dtype=torch.int32), 1), "as many rows"),
     ],
 )

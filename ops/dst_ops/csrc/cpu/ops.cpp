@@ -14,14 +14,12 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "../diagonal.h"
+#include "isa.h"
 
 namespace dst_ops {
 namespace {
@@ -30,46 +28,6 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-enum class Isa { portable, avx2, avx512 };
-
-// The best set that this processor runs; DST_OPS_ISA=portable|avx2|avx512 asks for a lower one (for tests; build.py checks it).
-Isa isa() {
-  static const Isa chosen = [] {
-    Isa best = Isa::portable;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
-    if (best == Isa::avx2 && __builtin_cpu_supports("avx512f")) best = Isa::avx512;
-#endif
-    const char* name = std::getenv("DST_OPS_ISA");
-    const std::string asked = name == nullptr ? "" : name;
-    return std::min(best, asked == "portable" ? Isa::portable : asked == "avx2" ? Isa::avx2 : Isa::avx512);
-  }();
-  return chosen;
-}
-
-template <typename T>
-const Kernels<T>& kernels();
-#if defined(__x86_64__)
-template <>
-const Kernels<float>& kernels() {
-  return isa() == Isa::avx512 ? avx512_f32 : isa() == Isa::avx2 ? avx2_f32 : portable_f32;
-}
-template <>
-const Kernels<double>& kernels() {
-  return isa() == Isa::avx512 ? avx512_f64 : isa() == Isa::avx2 ? avx2_f64 : portable_f64;
-}
-#else
-template <>
-const Kernels<float>& kernels() {
-  return portable_f32;
-}
-template <>
-const Kernels<double>& kernels() {
-  return portable_f64;
-}
-#endif
 
 // Active candidate diagonals, ascending; slot is the row of `values` that holds it.
 struct Diagonal {
@@ -209,27 +167,24 @@ void gradient(const In* shorter, const In* longer, T* grad, const std::vector<Di
   const int64_t chunks = cache_chunks<T>(kernel.rows, P);
   std::vector<T> packed(tiles * K * tile, T(0));
 
-  // Padded copies of one block of rows at a time: 2 MiB, so that the threads seldom wait for each other.
-  const int64_t block = kernel.rows * std::max<int64_t>(1, std::min((2 << 20) / (ld * static_cast<int64_t>(sizeof(T))), B) / kernel.rows);
-  std::vector<T> longs(block * ld), shorts(block * padded, T(0));
-  for (int64_t b = 0; b < B; b += block) {
-    const int64_t count = std::min(block, B - b);
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
+  // Each thread owns a range of tiles and pads every row for itself: that is little beside K products per entry, needs no
+  // waiting for other threads, and leaves the order of sums over rows the same for any number of them.
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const int64_t group = kernel.rows, first = begin * tile, owned = std::min(end * tile, L) - first;
+    std::vector<T> longs(group * ld), shorts(group * padded, T(0));
+    for (int64_t b = 0; b < B; b += group) {
+      const int64_t count = std::min(group, B - b);
+      for (int64_t r = 0; r < count; ++r) {
         pad_row(longer + (b + r) * P, P, P, tile, longs.data() + r * ld);
-        copy_out(shorter + (b + r) * L, L, shorts.data() + r * padded);
+        copy_out(shorter + (b + r) * L + first, owned, shorts.data() + r * padded + first);
       }
-    });
-    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = 0; r < count; r += kernel.rows)
-        for (int64_t c = 0; c < chunks; ++c)
-          for (int64_t t = begin; t < end; ++t) {
-            const int64_t e = w.chunk(t, c, chunks), end_e = w.chunk(t, c + 1, chunks);
-            kernel.accumulate(shorts.data() + r * padded + t * tile, padded, longs.data() + r * ld, ld, std::min<int64_t>(kernel.rows, count - r),
-                              w.start.data() + e, packed.data() + e * tile, end_e - e);
-          }
-    });
-  }
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t e = w.chunk(t, c, chunks), end_e = w.chunk(t, c + 1, chunks);
+          kernel.accumulate(shorts.data() + t * tile, padded, longs.data(), ld, count, w.start.data() + e, packed.data() + e * tile, end_e - e);
+        }
+    }
+  });
   for (int64_t k = 0; k < K; ++k)
     for (int64_t t = 0; t < tiles; ++t)
       std::memcpy(grad + active[k].slot * L + t * tile, packed.data() + (t * K + k) * tile, std::min(tile, L - t * tile) * sizeof(T));

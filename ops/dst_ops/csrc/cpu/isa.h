@@ -1,0 +1,54 @@
+// Which instruction set's kernels run here. Included by ops.cpp only.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#include "../diagonal.h"
+
+namespace dst_ops {
+namespace {
+
+enum class Isa { portable, avx2, avx512 };
+
+// The best set that this processor runs; DST_OPS_ISA=portable|avx2|avx512 asks for a lower one (for tests; build.py checks it).
+Isa isa() {
+  static const Isa chosen = [] {
+    Isa best = Isa::portable;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
+    if (best == Isa::avx2 && __builtin_cpu_supports("avx512f")) best = Isa::avx512;
+#endif
+    const char* name = std::getenv("DST_OPS_ISA");
+    const std::string asked = name == nullptr ? "" : name;
+    return std::min(best, asked == "portable" ? Isa::portable : asked == "avx2" ? Isa::avx2 : Isa::avx512);
+  }();
+  return chosen;
+}
+
+template <typename T>
+const Kernels<T>& kernels();
+#if defined(__x86_64__)
+template <>
+const Kernels<float>& kernels() {
+  return isa() == Isa::avx512 ? avx512_f32 : isa() == Isa::avx2 ? avx2_f32 : portable_f32;
+}
+template <>
+const Kernels<double>& kernels() {
+  return isa() == Isa::avx512 ? avx512_f64 : isa() == Isa::avx2 ? avx2_f64 : portable_f64;
+}
+#else
+template <>
+const Kernels<float>& kernels() {
+  return portable_f32;
+}
+template <>
+const Kernels<double>& kernels() {
+  return portable_f64;
+}
+#endif
+
+}  // namespace
+}  // namespace dst_ops
