@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from dst_train.engine.checkpoint import CheckpointError, Checkpoints
 from dst_train.engine.optim import build_optimizer, learning_rate
 from dst_train.engine.resume import JobChangedError, check_job
 from dst_train.engine.trainer import NonFiniteError, Trainer
@@ -88,19 +86,3 @@ def test_a_bad_loss_that_was_applied_is_never_tolerated() -> None:
     trainer, _ = _trainer(5)
     with pytest.raises(NonFiniteError, match="loss nan, applied"):
         trainer._count_skipped(True, math.nan)
-
-
-def test_no_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, src: None)
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.newest() == (None, [])
-    (tmp_path / "step-00000003").mkdir()
-    with pytest.raises(CheckpointError, match=r"no checkpoint under .*step-00000003: unreadable manifest"):
-        checkpoints.newest()
-    (tmp_path / "step-00000003/manifest.json").write_text('{"files": {"a.pt": {"bytes": 3, "sha256": "0"}}}')
-    with pytest.raises(CheckpointError, match=r"a\.pt is missing"):
-        checkpoints.newest()
-    (tmp_path / "step-00000003/a.pt").write_bytes(b"ab")
-    with pytest.raises(CheckpointError, match=r"a\.pt has 2 bytes instead of 3"):
-        checkpoints.newest()

@@ -1,0 +1,156 @@
+"""Checkpoints in one process: a crash at any point of a save leaves the previous checkpoint or the whole new one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from dst_train.engine import checkpoint
+from dst_train.engine.checkpoint import CheckpointError, Checkpoints
+
+
+class CrashError(Exception):
+    pass
+
+
+class FakeEngine:
+    """Writes what a DeepSpeed engine writes: some files in a folder; loads by remembering the client state."""
+
+    def __init__(self) -> None:
+        self.client: dict[str, Any] = {}
+
+    def save_checkpoint(self, root: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        assert not save_latest
+        folder = Path(root) / tag
+        folder.mkdir(parents=True)
+        for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+            (folder / name).write_bytes(os.urandom(100))
+        self.client = client_state
+
+    def load_checkpoint(self, root: str, tag: str) -> tuple[str | None, dict[str, Any]]:
+        return (root if tag != "step-00000007" else None), self.client
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _save(checkpoints: Checkpoints, step: int) -> list[str]:
+    engine: Any = FakeEngine()
+    return checkpoints.save(engine, step, {"step": step}, {"job": {"name": "x"}})
+
+
+def _crash_at(call: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Raises at the call-th time that a file is synced or renamed; the list grows with the calls."""
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def crashing(*args: Any, original: Any = original, name: str = name) -> Any:
+            calls.append(name)
+            if len(calls) == call:
+                raise CrashError
+            return original(*args)
+
+        monkeypatch.setattr(checkpoint.os, name, crashing)
+    return calls
+
+
+def test_a_crash_at_any_point_loses_at_most_the_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, found_tags = 1, []
+    while True:
+        checkpoints = Checkpoints(tmp_path / str(call), keep=2)
+        _save(checkpoints, 1)
+        with monkeypatch.context() as patch:
+            calls = _crash_at(call, patch)
+            with contextlib.suppress(CrashError):
+                _save(checkpoints, 2)
+        found, notes = checkpoints.newest()
+        assert found is not None
+        assert found.step in (1, 2)
+        assert notes == []
+        found_tags.append(found.tag)
+        # The next run writes the step again, whatever the crash left behind.
+        _save(checkpoints, 2)
+        found, _ = checkpoints.newest()
+        assert found is not None
+        assert found.step == 2
+        assert (tmp_path / str(call) / "latest").read_text() in ("step-00000001", "step-00000002")
+        if len(calls) < call:
+            break
+        call += 1
+    assert call > 6
+    assert set(found_tags) == {"step-00000001", "step-00000002"}
+
+
+def test_keep_and_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.newest() == (None, [])
+    for step in (1, 2, 3):
+        assert _save(checkpoints, step) == [f"checkpoint step-0000000{step}"]
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
+    assert _save(checkpoints, 3) == ["checkpoint step-00000003 is already there"]
+
+    def refuse(path: Path) -> None:
+        raise OSError("busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or refuse(path))
+        assert _save(checkpoints, 4)[1] == "could not remove the old checkpoint step-00000002: busy"
+
+
+def test_a_bad_newest_is_passed_over_and_only_bad_ones_are_an_error(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        _save(checkpoints, step)
+    shard = tmp_path / "step-00000002/mp_rank_00_model_states.pt"
+    raw = shard.read_bytes()
+    for damage, reason in ((raw[:50], "has 50 bytes instead of 100"), (raw[:99] + bytes([raw[99] ^ 1]), "sha256")):
+        shard.write_bytes(damage)
+        found, notes = checkpoints.newest()
+        assert found is not None
+        assert found.step == 1
+        assert "checkpoint step-00000002: mp_rank_00_model_states.pt" in notes[0]
+        assert reason in notes[0]
+    shard.unlink()
+    (tmp_path / "step-00000001/manifest.json").write_text("{}")
+    message = r"no checkpoint under .*step-00000002: mp_rank_00\S+ is missing; step-00000001: unreadable manifest"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.newest()
+
+
+def test_loading_restores_state_and_random_numbers(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    checkpoints, engine = Checkpoints(tmp_path, keep=2), FakeEngine()
+    as_engine: Any = engine
+    checkpoints.save(as_engine, 5, {"a": 1}, {"job": {}})
+    drawn = torch.rand(3), np.random.rand(3), random.random()
+    found, _ = checkpoints.newest()
+    assert found is not None
+    assert checkpoints.load(as_engine, found) == {"a": 1}
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert np.array_equal(np.random.rand(3), drawn[1])
+    assert random.random() == drawn[2]
+
+
+def test_loading_errors(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    engine: Any = FakeEngine()
+    other = checkpoint.Found("step-00000001", 1, 2, {})
+    with pytest.raises(CheckpointError, match="was written by 2 ranks and this run has 1; start it on 2 ranks"):
+        checkpoints.load(engine, other)
+    with pytest.raises(CheckpointError, match="DeepSpeed could not load"):
+        checkpoints.load(engine, checkpoint.Found("step-00000007", 7, 1, {}))
