@@ -11,6 +11,9 @@ RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 JOB ?= jobs/vit_digits.yaml
 SET ?=
 
+# DeepSpeed's own default is one port for every run on the machine.
+FREE_PORT = $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS ?= $(shell expr $(CORES) / $(RANKS) \| 1)
 ifeq ($(GPUS),0)
@@ -39,7 +42,7 @@ data: install
 	$(BIN)/python launch/prepare_digits.py --out data/digits
 
 demo: data
-	deepspeed -q --num_gpus $(RANKS) launch/train.py --job $(JOB) $(foreach s,$(SET),--set '$(s)')
+	deepspeed -q --num_gpus $(RANKS) --master_port $$($(FREE_PORT)) launch/train.py --job $(JOB) $(foreach s,$(SET),--set '$(s)')
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

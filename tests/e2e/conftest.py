@@ -18,6 +18,13 @@ from dst_train.data import write_shards
 
 ROOT = Path(__file__).parents[2]
 
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 Write = Callable[..., Path]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -80,9 +87,7 @@ def run_job() -> Run:
     """Runs launch/train.py on `ranks` processes, as the launcher would; returns rank 0's, or the first one that failed."""
 
     def run(job: Path, *arguments: str, ranks: int = 2, seconds: float = 180.0) -> subprocess.CompletedProcess[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         processes = []
         for rank in range(ranks):
             environment = {

@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dst_train.data import write_shards
+from tests.e2e.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +33,7 @@ def _launch(job: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command of the README, on two CPU ranks."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", "29617", str(ROOT / "launch/train.py")]
+    command = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port()), str(ROOT / "launch/train.py")]
     return subprocess.run(
         [*command, "--job", str(job), *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
