@@ -79,6 +79,7 @@ def main() -> None:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f"{job} {change}: {statistics.mean(values):.2f} +- {spread:.2f} % (n = {len(values)})")
     path = ROOT / f"benchmarks/results/digits_{args.name}-{cpu_name()}-torch{torch.__version__}.csv"
+    path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -77,6 +77,9 @@ def test_10_and_10_steps_equal_20_bitwise(
     assert "resumed" in second.stdout
     runs = tmp_path / "runs"
     _assert_equal(runs / "whole/checkpoints" / STEP_20, runs / "halves/checkpoints" / STEP_20)
+    content = _content(runs / "whole/checkpoints" / STEP_20).values()
+    # The larger sparse layer is 64 x 784; even all parameters flat in one tensor are fewer than its dense weight has.
+    assert max(value.numel() for value in content if isinstance(value, torch.Tensor)) < 64 * 784
 
     # What people see continues too: each step once, the same numbers, the same topology lines.
     series = {name: _scalars(runs / name, "train/loss") for name in ("whole", "halves")}
