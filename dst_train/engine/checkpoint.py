@@ -53,7 +53,7 @@ class Checkpoints:
         self._rank = dist.get_rank()
 
     def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-        """Write the engine, every rank's random state and `state` as `step-XXXXXXXX`; `facts` go into the manifest.
+        """Write the engine, every rank's random state and `state` as `step-NNNNNNNN`; `facts` go into the manifest.
 
         Returns what there is to say of it, on rank 0.
         """

@@ -110,6 +110,20 @@ void copy_out(const T* from, int64_t count, Out* to) {
   }
 }
 
+// Memory that the thread keeps for its next call (one block for each ID): pages fresh from the system would cost more
+// than what is written to them. Its content is undefined.
+template <typename T, int ID>
+T* scratch(int64_t count) {
+  thread_local std::unique_ptr<T[]> block;
+  thread_local int64_t capacity = 0;
+  if (count > capacity) {
+    block.reset(new T[count]);
+    capacity = count;
+  }
+  return block.get();
+}
+enum { packed_id, rows_id, sums_id };
+
 // in [B, I] -> out [B, O]; T is the type of the sums.
 template <typename T, typename In>
 void product(const In* in, const In* values, const In* bias, In* out, const std::vector<Diagonal>& active, int64_t B, int64_t I, int64_t O, bool scatter) {
@@ -118,13 +132,13 @@ void product(const In* in, const In* values, const In* bias, In* out, const std:
   const Windows w = windows(active, P, L, tile, scatter);
   const int64_t tiles = static_cast<int64_t>(w.first.size()) - 1, padded = tiles * tile;
 
-  const std::unique_ptr<T[]> weights(new T[w.start.size() * tile]);  // not a vector: it would be zeroed first
+  T* const weights = scratch<T, packed_id>(static_cast<int64_t>(w.start.size()) * tile);
   std::vector<T> init(padded, T(0));
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t e = w.first[t]; e < w.first[t + 1]; ++e) {
         const In* v = values + w.slot[e] * L;
-        T* to = weights.get() + e * tile;
+        T* to = weights + e * tile;
         const int64_t from = scatter ? w.start[e] : t * tile;  // index into the stored diagonal
         if (from + tile <= L) {
           copy_out(v + from, tile, to);
@@ -141,18 +155,18 @@ void product(const In* in, const In* values, const In* bias, In* out, const std:
 
   const int64_t group = kernel.rows, ld = P + tile, chunks = cache_chunks<T>(group, I);
   torch::stable::parallel_for(0, (B + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> rows(group * ld), sums(group * padded);
+    T *const rows = scratch<T, rows_id>(group * ld), *const sums = scratch<T, sums_id>(group * padded);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t b = g * group, count = std::min(group, B - b);
-      for (int64_t r = 0; r < count; ++r) pad_row(in + (b + r) * I, I, P, tile, rows.data() + r * ld);
+      for (int64_t r = 0; r < count; ++r) pad_row(in + (b + r) * I, I, P, tile, rows + r * ld);
       for (int64_t c = 0; c < chunks; ++c)
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t e = w.chunk(t, c, chunks), end_e = w.chunk(t, c + 1, chunks);
-          T* sum = sums.data() + t * tile;
-          kernel.multiply(rows.data(), count, ld, w.start.data() + e, weights.get() + e * tile, end_e - e,
+          T* sum = sums + t * tile;
+          kernel.multiply(rows, count, ld, w.start.data() + e, weights + e * tile, end_e - e,
                           c == 0 ? init.data() + t * tile : sum, c == 0 ? 0 : padded, sum, padded);
         }
-      for (int64_t r = 0; r < count; ++r) copy_out(sums.data() + r * padded, O, out + (b + r) * O);
+      for (int64_t r = 0; r < count; ++r) copy_out(sums + r * padded, O, out + (b + r) * O);
     }
   });
 }
@@ -165,29 +179,31 @@ void gradient(const In* shorter, const In* longer, T* grad, const std::vector<Di
   const Windows w = windows(active, P, L, tile, false);
   const int64_t tiles = static_cast<int64_t>(w.first.size()) - 1, padded = tiles * tile, ld = P + tile;
   const int64_t chunks = cache_chunks<T>(kernel.rows, P);
-  std::vector<T> packed(tiles * K * tile, T(0));
+  T* const packed = scratch<T, packed_id>(tiles * K * tile);
+  std::memset(packed, 0, tiles * K * tile * sizeof(T));
 
   // Each thread owns a range of tiles and pads every row for itself: that is little beside K products per entry, needs no
   // waiting for other threads, and leaves the order of sums over rows the same for any number of them.
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const int64_t group = kernel.rows, first = begin * tile, owned = std::min(end * tile, L) - first;
-    std::vector<T> longs(group * ld), shorts(group * padded, T(0));
+    T *const longs = scratch<T, rows_id>(group * ld), *const shorts = scratch<T, sums_id>(group * padded);
+    std::memset(shorts, 0, group * padded * sizeof(T));  // beyond L it stays 0
     for (int64_t b = 0; b < B; b += group) {
       const int64_t count = std::min(group, B - b);
       for (int64_t r = 0; r < count; ++r) {
-        pad_row(longer + (b + r) * P, P, P, tile, longs.data() + r * ld);
-        copy_out(shorter + (b + r) * L + first, owned, shorts.data() + r * padded + first);
+        pad_row(longer + (b + r) * P, P, P, tile, longs + r * ld);
+        copy_out(shorter + (b + r) * L + first, owned, shorts + r * padded + first);
       }
       for (int64_t c = 0; c < chunks; ++c)
         for (int64_t t = begin; t < end; ++t) {
           const int64_t e = w.chunk(t, c, chunks), end_e = w.chunk(t, c + 1, chunks);
-          kernel.accumulate(shorts.data() + t * tile, padded, longs.data(), ld, count, w.start.data() + e, packed.data() + e * tile, end_e - e);
+          kernel.accumulate(shorts + t * tile, padded, longs, ld, count, w.start.data() + e, packed + e * tile, end_e - e);
         }
     }
   });
   for (int64_t k = 0; k < K; ++k)
     for (int64_t t = 0; t < tiles; ++t)
-      std::memcpy(grad + active[k].slot * L + t * tile, packed.data() + (t * K + k) * tile, std::min(tile, L - t * tile) * sizeof(T));
+      std::memcpy(grad + active[k].slot * L + t * tile, packed + (t * K + k) * tile, std::min(tile, L - t * tile) * sizeof(T));
 }
 
 // Calls f with a value of the C++ type of `dtype`.
