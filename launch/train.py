@@ -32,7 +32,7 @@ def main() -> int:
             print(error, file=sys.stderr)
         return 2
 
-    from dst_train.engine import run
+    from dst_train.engine import leave_distributed, run
 
     outcome = run(job, stop_at=args.stop_at)
     if rank == 0:
@@ -41,7 +41,8 @@ def main() -> int:
         state = "finished" if outcome.finished else "stopped, run the same command to continue"
         print(f"{state} at step {outcome.step}{result}")
         print(f"run directory: {outcome.run_directory}")
-        print(f"tensorboard --logdir {outcome.run_directory / 'tensorboard'}")
+        print(f"tensorboard --logdir {outcome.run_directory / 'tensorboard'}", flush=True)
+    leave_distributed()
     return 0
 
 

@@ -9,8 +9,9 @@ from dst_train.engine.config import compile_config
 
 if TYPE_CHECKING:
     from dst_train.engine.runner import Outcome, run
+    from dst_train.engine.session import leave_distributed
 
-__all__ = ["Outcome", "compile_config", "run"]
+__all__ = ["Outcome", "compile_config", "leave_distributed", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from dst_train.engine import runner
 
         return getattr(runner, name)
+    if name == "leave_distributed":
+        from dst_train.engine import session
+
+        return session.leave_distributed
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,6 +44,12 @@ def start_distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def leave_distributed() -> None:
+    """The last thing a process does when all ranks are done: left to the interpreter's end, gloo's threads may abort it."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def build_session(job: Job, plan: BatchPlan) -> Session:
     """Model, sparse layers, optimiser, engine and topology of a job. Collective; the same on every rank."""
     model = models.build(job.model, seed=job.seed)
