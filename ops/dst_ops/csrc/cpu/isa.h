@@ -28,27 +28,30 @@ Isa isa() {
   return chosen;
 }
 
-template <typename T>
-const Kernels<T>& kernels();
+template <typename In>
+const Kernels<In>& kernels();
 #if defined(__x86_64__)
-template <>
-const Kernels<float>& kernels() {
-  return isa() == Isa::avx512 ? avx512_f32 : isa() == Isa::avx2 ? avx2_f32 : portable_f32;
-}
-template <>
-const Kernels<double>& kernels() {
-  return isa() == Isa::avx512 ? avx512_f64 : isa() == Isa::avx2 ? avx2_f64 : portable_f64;
-}
+#define DST_OPS_CHOICE(name) isa() == Isa::avx512 ? avx512::name : isa() == Isa::avx2 ? avx2::name : portable::name
 #else
+#define DST_OPS_CHOICE(name) portable::name
+#endif
 template <>
 const Kernels<float>& kernels() {
-  return portable_f32;
+  return DST_OPS_CHOICE(f32);
 }
 template <>
 const Kernels<double>& kernels() {
-  return portable_f64;
+  return DST_OPS_CHOICE(f64);
 }
-#endif
+template <>
+const Kernels<Bf16>& kernels() {
+  return DST_OPS_CHOICE(bf16);
+}
+template <>
+const Kernels<Fp16>& kernels() {
+  return DST_OPS_CHOICE(fp16);
+}
+#undef DST_OPS_CHOICE
 
 }  // namespace
 }  // namespace dst_ops

@@ -1,0 +1,200 @@
+// Machine code for the product with one list of diagonals (x86-64). Included by ops.cpp only.
+//
+// All tiles of outputs meet the same diagonals at the same distances: output a of a tile reads row start + d + a of the
+// input, counted from the tile. So the loop over diagonals is written out, once per call: for each row of the input in
+// turn, load it, and for each output that it meets, broadcast the weight and multiply. Sums stay in registers, whose
+// numbers are part of the code: no compiled loop can do that with offsets known only now. All diagonals that read a row
+// share its load.
+//
+// Encodings: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, sections 2.3 (VEX) and 2.7 (EVEX).
+#pragma once
+
+#if defined(__x86_64__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <vector>
+
+#include "../diagonal.h"
+
+namespace dst_ops {
+namespace {
+
+// Pages that hold writable or executable bytes, never both.
+class CodePages {
+ public:
+  CodePages() = default;
+  CodePages(const CodePages&) = delete;
+  CodePages& operator=(const CodePages&) = delete;
+  ~CodePages() { free(); }
+
+  // Writable memory for `size` bytes, overwriting what was there; nullptr where the system refuses.
+  uint8_t* write(size_t size) {
+#if defined(__x86_64__)
+    if (size > capacity_) {
+      free();
+      const size_t capacity = (size + 65535) / 65536 * 65536;
+      void* const pages = mmap(nullptr, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (pages != MAP_FAILED) pages_ = pages, capacity_ = capacity;
+    } else if (mprotect(pages_, capacity_, PROT_READ | PROT_WRITE) != 0) {
+      free();
+    }
+#endif
+    return static_cast<uint8_t*>(pages_);
+  }
+  // Makes it callable; nullptr where the system refuses.
+  const uint8_t* execute() {
+#if defined(__x86_64__)
+    if (pages_ != nullptr && mprotect(pages_, capacity_, PROT_READ | PROT_EXEC) != 0) free();
+#endif
+    return static_cast<const uint8_t*>(pages_);
+  }
+
+ private:
+  void free() {
+#if defined(__x86_64__)
+    if (pages_ != nullptr) munmap(pages_, capacity_);
+#endif
+    pages_ = nullptr, capacity_ = 0;
+  }
+  void* pages_ = nullptr;
+  size_t capacity_ = 0;
+};
+
+// Whether the system lets a process run code that it wrote.
+bool may_generate() {
+  static const bool may = [] {
+    CodePages pages;
+    return pages.write(1) != nullptr && pages.execute() != nullptr;
+  }();
+  return may;
+}
+
+// sums[a][v] += weight[unit][d][a] * x[start[unit] + d + a][v] over outputs a, vectors v of tokens, units and their
+// diagonals d, for all rows of x or those of some sections. Valid until its thread makes the next one.
+template <typename T>
+class Program {
+ public:
+  // Registers hold outputs * vectors sums, `vectors` vectors of x and one weight; vector_bytes is 32 or 64.
+  Program(const std::vector<int>& start, int64_t width, int64_t rows, int outputs, int vectors, int vector_bytes)
+      : outputs_(outputs), vectors_(vectors), vector_bytes_(vector_bytes) {
+    const int64_t count = static_cast<int64_t>(start.size()), reach = outputs + width - 1, registers = outputs * vectors;
+    const int64_t sections = (rows + section_rows - 1) / section_rows, most = 12;  // bytes of an instruction, not more
+    if (!may_generate() || vector_bytes < 32) return;
+    static thread_local CodePages pages;
+    uint8_t* const code = pages.write(64 + 2 * most * registers + sections * (3 * most + section_rows * most * vectors) +
+                                      count * width * outputs * most * (2 + vectors));
+    if (code == nullptr) return;
+    at_ = code;
+    for (int r = 0; r < registers; ++r) move(store, r, rdx, r);
+    put({0xc5, 0xf8, 0x77, 0xc3});  // vzeroupper; ret
+    const uint8_t* const begin = at_;
+    for (int r = 0; r < registers; ++r) move(load, r, rdx, r);
+    put({0xff, 0xe1});          // jmp rcx
+    int64_t low = 0, high = 0;  // units that meet the row
+    for (int64_t s = 0; s < sections; ++s) {
+      entries_.push_back({at_ - code, weight_});
+      for (int64_t r = 0; r < section_rows; ++r) {
+        const int64_t row = s * section_rows + r;
+        while (high < count && start[high] <= row) ++high;
+        while (low < high && start[low] + reach <= row) ++low;
+        if (low == high) continue;
+        for (int v = 0; v < vectors; ++v) move(load, registers + v, rdi, r * vectors + v);
+        for (int64_t e = low; e < high; ++e)
+          for (int64_t d = 0; d < width; ++d)
+            if (const int64_t a = row - start[e] - d; a >= 0 && a < outputs) multiply_add(static_cast<int>(a), (e * width + d) * outputs + a);
+      }
+      add(rdi, section_rows * vectors * vector_bytes);
+      put({0x41, 0x81, 0xf8});  // cmp r8d, s + 1
+      word(s + 1);
+      put({0x0f, 0x84});  // je the stores
+      word(code - (at_ + 4));
+    }
+    code_ = pages.execute();
+    run_ = reinterpret_cast<Run>(reinterpret_cast<uintptr_t>(code_) + (begin - code));
+  }
+
+  bool ready() const { return code_ != nullptr; }
+
+  // Rows of sections first ... last - 1 only. weight: of unit 0, though those of units that no such row meets are not read.
+  void run(const T* x, const T* weight, T* sums, int64_t first, int64_t last) const {
+    const int64_t row = vectors_ * vector_bytes_ / int64_t(sizeof(T));
+    run_(x + first * section_rows * row, weight + entries_[first].weight, sums, code_ + entries_[first].code, last);
+  }
+
+ private:
+  typedef void (*Run)(const T* x, const T* weight, T* sums, const uint8_t* entry, int64_t last);  // rdi, rsi, rdx, rcx, r8
+  enum Base { rdx = 2, rsi = 6, rdi = 7 };
+  enum Move { load = 0x10, store = 0x11 };
+  struct Entry {
+    int64_t code, weight;  // distance from the beginning; the weight that rsi points to
+  };
+
+  void multiply_add(int a, int64_t weight) {
+    const int x = outputs_ * vectors_, w = x + vectors_;
+    const bool f64 = sizeof(T) == 8, evex = vector_bytes_ == 64;
+    const int64_t behind = 120 / (evex ? 1 : sizeof(T));  // keeps most displacements in one byte
+    if (weight - weight_ < -behind || weight - weight_ > behind) {
+      add(rsi, (weight + behind - weight_) * int64_t(sizeof(T)));
+      weight_ = weight + behind;
+    }
+    instruction(2, 1, f64 && evex, f64 ? 0x19 : 0x18, w, 0);  // vbroadcastss, vbroadcastsd
+    memory(w, rsi, weight - weight_, sizeof(T));
+    for (int v = 0; v < vectors_; ++v) {
+      const int sum = a * vectors_ + v;
+      instruction(2, 1, f64, 0xb8, sum, w, x + v);  // vfmadd231ps, vfmadd231pd
+      put({0xc0 | (sum & 7) << 3 | ((x + v) & 7)});
+    }
+  }
+
+  // vmovups between a register and the index-th vector behind base.
+  void move(Move opcode, int reg, Base base, int64_t index) {
+    instruction(1, 0, false, opcode, reg, 0);
+    memory(reg, base, index, vector_bytes_);
+  }
+
+  void add(Base reg, int64_t bytes) {
+    put({0x48, 0x81, 0xc0 | reg});
+    word(bytes);
+  }
+
+  // Prefix (EVEX for 512 bits, VEX for 256) and opcode; the bits of register numbers are inverted in the prefix.
+  void instruction(int map, int pp, bool w, int opcode, int reg, int vvvv, int rm = 0) {
+    const int reg3 = ~reg >> 3 & 1, reg4 = ~reg >> 4 & 1, rm3 = ~rm >> 3 & 1, rm4 = ~rm >> 4 & 1;
+    if (vector_bytes_ == 64)
+      put({0x62, reg3 << 7 | rm4 << 6 | rm3 << 5 | reg4 << 4 | map, w << 7 | (~vvvv & 15) << 3 | 4 | pp, 0x40 | (~vvvv >> 4 & 1) << 3, opcode});
+    else
+      put({0xc4, reg3 << 7 | 0x40 | rm3 << 5 | map, w << 7 | (~vvvv & 15) << 3 | 4 | pp, opcode});
+  }
+
+  // The operand [base + index * size]; EVEX counts a displacement of one byte in operands.
+  void memory(int reg, Base base, int64_t index, int64_t size) {
+    const int64_t small = vector_bytes_ == 64 ? index : index * size;
+    const bool fits = small >= -128 && small < 128;
+    put({(fits ? 0x40 : 0x80) | (reg & 7) << 3 | base});
+    if (fits) put({static_cast<int>(small & 255)});
+    else word(index * size);
+  }
+
+  void put(std::initializer_list<int> bytes) {
+    for (const int b : bytes) *at_++ = static_cast<uint8_t>(b);
+  }
+  void word(int64_t value) {
+    const int32_t v = static_cast<int32_t>(value);
+    std::memcpy(at_, &v, 4);
+    at_ += 4;
+  }
+
+  const int outputs_, vectors_, vector_bytes_;
+  uint8_t* at_ = nullptr;
+  int64_t weight_ = 0;
+  std::vector<Entry> entries_;
+  const uint8_t* code_ = nullptr;
+  Run run_ = nullptr;
+};
+
+}  // namespace
+}  // namespace dst_ops

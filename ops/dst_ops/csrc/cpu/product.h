@@ -1,0 +1,142 @@
+// The product with many tokens: tokens in the vector lanes. Included by ops.cpp only.
+//
+// Output i of a token is a sum over units e (one diagonal or a band of neighbours) of weights times input rows
+// i + start[e], ..., and all tokens of a tile read the same rows: so a tile of tokens is transposed once, and every load
+// after that is an aligned one.
+//
+// Two forms. Gather (the output is the short side): output i reads row (i + offset) mod P of the input, and entries of a
+// diagonal are numbered along the output. Scatter (the output is the long side): output i reads row (i - offset) mod P
+// if that is below L, and entries are numbered along the input. With start = P - offset - (width - 1) and the unit's
+// diagonals last to first the second is the first with rows L ... P - 1 of the input zero.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "codegen.h"
+#include "isa.h"
+#include "scratch.h"
+#include "units.h"
+
+namespace dst_ops {
+namespace {
+
+// Input rows that a chunk of sections spans, and outputs that share them: both stay in the first-level cache.
+constexpr int64_t chunk_sections = 8, block_outputs = 112;
+
+// Most weights packed at a time: 8 MiB in fp32.
+constexpr int64_t segment_weights = 1 << 21;
+
+template <typename In, typename T = typename SumOf<In>::type>
+void product(const In* in, const In* values, const In* bias, In* out, const Units& units, int64_t B, int64_t I, int64_t O, bool scatter) {
+  const Kernels<In>& kernel = kernels<In>();
+  const int64_t P = std::max(I, O), L = std::min(I, O), tokens = kernel.tokens, outputs = kernel.outputs;
+  const int64_t width = units.width, unit = width * outputs, count = static_cast<int64_t>(units.list.size());
+  std::vector<int> start(count);
+  std::vector<long> slot(count);
+  for (int64_t e = 0; e < count; ++e) {
+    const Unit& u = units.list[scatter ? count - 1 - e : e];
+    start[e] = static_cast<int>(scatter ? P - u.offset - (width - 1) : u.offset);
+    slot[e] = u.slot;
+  }
+  const int64_t reach = outputs + width - 1, sections = (P + outputs + section_rows - 1) / section_rows;
+  const Program<T> program(start, width, P + outputs, kernel.outputs, kernel.tokens * int(sizeof(T)) / kernel.vector_bytes, kernel.vector_bytes);
+
+  // Units that meet rows of sections begin ... end - 1.
+  const auto meeting = [&](int64_t begin, int64_t end) {
+    const int64_t first = std::upper_bound(start.begin(), start.end(), begin * section_rows - reach) - start.begin();
+    const int64_t last = std::lower_bound(start.begin(), start.end(), end * section_rows) - start.begin();
+    return std::pair(first, begin < end ? last : first);
+  };
+
+  // Row r of the tile of outputs from i on is row (i + r) mod P of the input: i + r before the wrap, i + r - P after it.
+  // Sections that meet zeros only are left out.
+  struct Part {
+    int64_t row;             // of the input, where the tile's row 0 is
+    int64_t begin, end;      // sections
+    int64_t first, last;     // units that meet their rows
+    int64_t weights;         // where those of unit `first` are packed
+  };
+  const int64_t tiles = (O + outputs - 1) / outputs, nonzero = scatter ? L : P;
+  std::vector<Part> parts(2 * tiles);
+  for (int64_t p = 0; p < 2 * tiles; ++p) {
+    const int64_t i = p / 2 * outputs, wrap = std::min(sections, (P - i) / section_rows), row = p % 2 ? i - P : i;
+    const int64_t zeros = p % 2 && nonzero == P ? sections : std::clamp<int64_t>((nonzero - row + section_rows - 1) / section_rows, 0, sections);
+    const int64_t begin = p % 2 ? wrap : 0, end = p % 2 ? std::max(wrap, zeros) : std::min(wrap, zeros);
+    const auto [first, last] = meeting(begin, end);
+    parts[p] = {row, begin, end, first, last, 0};
+  }
+  std::vector<T> add(O + block_outputs, T(0));
+  if (bias != nullptr) kernel.convert(bias, O, add.data());
+
+  // The weights of a segment of blocks are packed at a time, so that they never take more memory than twice x or y.
+  const int64_t block_tiles = block_outputs / outputs, most = std::min(2 * B * P, segment_weights);
+  for (int64_t begin_tile = 0, end_tile; begin_tile < tiles; begin_tile = end_tile) {
+    int64_t packed = 0;
+    for (end_tile = begin_tile; end_tile < tiles; ++end_tile) {
+      Part* const part = &parts[2 * end_tile];
+      const int64_t more = (part[0].last - part[0].first + part[1].last - part[1].first) * unit;
+      if (end_tile > begin_tile && (end_tile - begin_tile) % block_tiles == 0 && packed + more > most) break;
+      part[0].weights = packed;
+      part[1].weights = packed + (part[0].last - part[0].first) * unit;
+      packed += more;
+    }
+    T* const weights = scratch<T, packed_id>(packed);
+    torch::stable::parallel_for(2 * begin_tile, 2 * end_tile, 1, [&](int64_t from, int64_t to) {
+      for (int64_t p = from; p < to; ++p) {
+        const Part& part = parts[p];
+        const Diagonals diagonals{start.data() + part.first, slot.data() + part.first, part.last - part.first, width};
+        kernel.pack(values, L, P, diagonals, scatter ? part.row : p / 2 * outputs, scatter, weights + part.weights);
+      }
+    });
+
+    const int64_t blocks = (end_tile - begin_tile + block_tiles - 1) / block_tiles;
+    torch::stable::parallel_for(0, (B + tokens - 1) / tokens * blocks, 1, [&](int64_t begin, int64_t stop) {
+      // Rows 0 ... P - 1, and as many on each side as sections reach beyond.
+      const int64_t before = section_rows, after = reach + section_rows;
+      T *const x = scratch<T, rows_id>((before + P + after) * tokens) + before * tokens, *const sums = scratch<T, sums_id>((block_outputs + 16) * tokens);
+      for (int64_t item = begin; item < stop; ++item) {
+        const int64_t b = item / blocks * tokens, many = std::min(tokens, B - b), block = item % blocks;
+        const int64_t t0 = begin_tile + block * block_tiles, t1 = std::min(t0 + block_tiles, end_tile), i = t0 * outputs, i_end = std::min(O, t1 * outputs);
+        if (item == begin || block == 0) {
+          kernel.transpose_in(in + b * I, I, many, I, x);
+          if (item == begin) std::fill_n(x + I * tokens, (P - I) * tokens, T(0));
+          for (int64_t r = -before; r < 0; ++r) std::copy_n(x + (r % P + P) % P * tokens, tokens, x + r * tokens);
+          for (int64_t r = P; r < P + after; ++r) std::copy_n(x + (r - P) * tokens, tokens, x + r * tokens);
+        }
+        std::fill_n(sums, block_outputs * tokens, T(0));
+
+        // What is transposed next (these outputs, a part of the next tokens' inputs) comes from memory meanwhile.
+        const int64_t calls = (sections + chunk_sections - 1) / chunk_sections * (t1 - t0), next = b + tokens;
+        int64_t call = 0;
+        const auto prefetch_part = [&](const In* from, int64_t ld, int64_t rows, int64_t begin_column, int64_t end_column) {
+          for (int64_t r = rows * call / calls; r < rows * (call + 1) / calls; ++r)
+            for (int64_t f = begin_column; f < end_column; f += 64 / int64_t(sizeof(In))) __builtin_prefetch(from + r * ld + f, 0, 2);
+        };
+        for (int64_t c = 0; c < sections; c += chunk_sections)
+          for (int64_t t = t0; t < t1; ++t, ++call) {
+            prefetch_part(out + b * O, O, many, i, i_end);
+            if (next < B) prefetch_part(in + next * I, I, std::min(tokens, B - next), I * block / blocks, I * (block + 1) / blocks);
+            for (const Part* part = &parts[2 * t]; part != &parts[2 * t] + 2; ++part) {
+              const int64_t s0 = std::max(c, part->begin), s1 = std::min(c + chunk_sections, part->end);
+              if (s0 >= s1) continue;
+              const T *const rows = x + part->row * tokens, *const weight = weights + part->weights;
+              T* const to = sums + (t - t0) * outputs * tokens;
+              if (program.ready()) {
+                program.run(rows, weight - part->first * unit, to, s0, s1);
+              } else {
+                const auto [first, last] = meeting(s0, s1);
+                const Diagonals diagonals{start.data() + first, slot.data() + first, last - first, width};
+                kernel.multiply(rows, diagonals, weight + (first - part->first) * unit, to, s0 * section_rows, s1 * section_rows);
+              }
+            }
+          }
+        kernel.transpose_out(sums, many, i_end - i, add.data() + i, out + b * O + i, O);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace dst_ops
