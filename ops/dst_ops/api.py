@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dst_ops import reference, registration  # noqa: F401  (registers torch.ops.dst_ops)
+from dst_ops import build, reference, registration  # noqa: F401  (registers torch.ops.dst_ops)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCORE_BLOCK = 2**21  # elements of dW held at once: 8 MiB in fp32
@@ -56,19 +56,26 @@ def diagonal_linear(
     _check(x.dim() >= 1 and x.shape[-1] == in_features, "x", "shape", x.shape, "[..., in_features={}]", in_features)
     expected = (offsets.shape[0] * band, min(out_features, in_features))
     _check(tuple(values.shape) == expected, "values", "shape", values.shape, expected)
-    _check(values.dtype == x.dtype, "values", "dtype", values.dtype, f"the dtype of x, {x.dtype} (or autocast)")
-    _check(values.device == x.device, "values", "device", values.device, f"the device of x, {x.device}")
-    _check(offsets.device == x.device, "offsets", "device", offsets.device, f"the device of x, {x.device}")
+    _check(values.dtype == x.dtype, "values", "dtype", values.dtype, "the dtype of x, {} (or autocast)", x.dtype)
+    _check(values.device == x.device, "values", "device", values.device, "the device of x, {}", x.device)
+    _check(offsets.device == x.device, "offsets", "device", offsets.device, "the device of x, {}", x.device)
     if bias is not None:
         _check(tuple(bias.shape) == (out_features,), "bias", "shape", bias.shape, (out_features,))
-        _check(bias.dtype == x.dtype, "bias", "dtype", bias.dtype, f"the dtype of x, {x.dtype}")
-        _check(bias.device == x.device, "bias", "device", bias.device, f"the device of x, {x.device}")
-    return torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
+        _check(bias.dtype == x.dtype, "bias", "dtype", bias.dtype, "the dtype of x, {}", x.dtype)
+        _check(bias.device == x.device, "bias", "device", bias.device, "the device of x, {}", x.device)
+    if device == "cpu" and not torch.compiler.is_compiling() and not build.load():
+        _check_numbers(offsets, out_features, in_features, band)  # the compiled kernels check them themselves
+    try:
+        return torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
+    except RuntimeError:
+        _check_numbers(offsets, out_features, in_features, band)
+        raise
 
 
 def to_dense(values: Tensor, offsets: Tensor, *, out_features: int, in_features: int, band: int = 1) -> Tensor:
     """The weight as [out_features, in_features], in the dtype of values; differentiable. Errors as `diagonal_linear`."""
     _check_offsets(offsets, out_features, in_features, band)
+    _check_numbers(offsets, out_features, in_features, band)
     expected = (offsets.shape[0] * band, min(out_features, in_features))
     _check(tuple(values.shape) == expected, "values", "shape", values.shape, expected)
     return reference.to_dense(values, offsets, out_features, in_features, band)
@@ -78,6 +85,7 @@ def from_dense(weight: Tensor, offsets: Tensor, *, band: int = 1) -> Tensor:
     """The values [U * band, L] of the given diagonals of a dense weight [out_features, in_features]; differentiable."""
     _check(weight.dim() == 2, "weight", "shape", weight.shape, "[out_features, in_features]")
     _check_offsets(offsets, weight.shape[0], weight.shape[1], band)
+    _check_numbers(offsets, weight.shape[0], weight.shape[1], band)
     rows, columns = reference.positions(offsets, weight.shape[0], weight.shape[1], band)
     return weight[rows, columns]
 
@@ -112,7 +120,7 @@ def diagonal_scores(
     _check(x.shape[-1:] == (in_features,), "x", "shape", x.shape, "[..., in_features={}]", in_features)
     expected = (*x.shape[:-1], out_features)
     _check(tuple(dy.shape) == expected, "dy", "shape", dy.shape, expected)
-    _check(dy.device == x.device, "dy", "device", dy.device, f"the device of x, {x.device}")
+    _check(dy.device == x.device, "dy", "device", dy.device, "the device of x, {}", x.device)
     x32, dy32 = x.reshape(-1, in_features).float(), dy.reshape(-1, out_features).float()
     block_rows = max(1, min(out_features, in_features, SCORE_BLOCK // in_features))
     sums = x32.new_zeros(max(out_features, in_features))
@@ -139,11 +147,11 @@ def _add_diagonal_sums(sums: Tensor, block: Tensor, first_row: int, out_features
     sums.index_add_(0, candidate, buffer.view(rows, width).sum(0))
 
 
-def _check(ok: bool, argument: str, what: str, got: object, expected: object, *sizes: int) -> None:
-    """`sizes` fill the braces of `expected` here and not in the caller: dynamo cannot put a dynamic size into a string."""
+def _check(ok: bool, argument: str, what: str, got: object, expected: object, *parts: object) -> None:
+    """`parts` fill the braces of `expected`, here and only on failure: dynamo cannot put a dynamic size into a string."""
     if not ok:
         got = tuple(got) if isinstance(got, torch.Size) else got
-        expected = expected.format(*sizes) if isinstance(expected, str) else expected
+        expected = expected.format(*parts) if isinstance(expected, str) else expected
         raise ValueError(f"{argument}: {f'{what} {got}'.strip()}, expected {expected}")
 
 
@@ -173,9 +181,12 @@ def _check_offsets(offsets: Tensor, out_features: int, in_features: int, band: i
         "[1 to {}]",
         units,
     )
+
+
+def _check_numbers(offsets: Tensor, out_features: int, in_features: int, band: int) -> None:
     if torch.compiler.is_compiling() or type(offsets) is not Tensor or offsets.device.type != "cpu":
         return  # the numbers are not there yet, or reading them would wait for the device
-    numbers = offsets.tolist()
+    units, numbers = max(out_features, in_features) // band, offsets.tolist()
     low, high = min(numbers), max(numbers)
     _check(low >= 0 and high < units, "offsets", f"range {low} to", high, f"0 to {units - 1}")
     if len(set(numbers)) != len(numbers):

@@ -28,8 +28,20 @@ struct Diagonals {
   long count, width;  // width: adjacent diagonals per unit
 };
 
+// A tile of outputs (those from `output` on), or the part of it before or after the wrap; see cpu/product.h.
+struct Part {
+  long output;         // the tile's first
+  long row;            // of the input, where the tile's row 0 is
+  long begin, end;     // sections of rows
+  long first, last;    // units that meet those rows
+  long weights;        // where those of unit `first` are packed
+};
+
 // Rows of the input for a product: sections of this many are left out where they are zero.
 constexpr long section_rows = 32;
+
+// Neighbouring diagonals whose gradients are taken together.
+constexpr int band_diagonals = 4;
 
 // One instruction set's inner loops for tensors of In; see cpu/kernels.h for what they compute.
 template <typename In>
@@ -38,12 +50,16 @@ struct Kernels {
   int vector_bytes;
   int tokens, outputs;  // a tile with tokens in the lanes
   int tile, rows;       // a tile with features in the lanes
+  int band_rows;        // entries of band_diagonals diagonals whose gradients are taken together
   void (*convert)(const In* in, long count, T* to);
   void (*transpose_in)(const In* in, long ld, long count, long features, T* to);
   void (*transpose_out)(const T* sums, long count, long features, const T* bias, In* out, long ld);
-  void (*pack)(const In* values, long length, long period, const Diagonals& d, long base, bool along_input, T* to);
+  void (*pack)(const In* values, long length, long period, const Diagonals& d, bool along_input, const Part* parts, long count, T* to);
   void (*multiply)(const T* x, const Diagonals& d, const T* weight, T* sums, long from, long to);
+  void (*few)(const T* x, long ld, long count, const In* values, long length, long period, const Diagonals& d, bool along_input, long output, long many,
+              const T* bias, In* out, long ld_out);
   void (*accumulate)(const T* shorter, long ld_short, const T* longer, long ld_long, const int* start, T* grad, long entries);
+  void (*accumulate_band)(const T* shorter, long stride_short, const T* longer, long stride_long, long tiles, T* sums);
 };
 
 namespace portable {

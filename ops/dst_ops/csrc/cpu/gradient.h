@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "isa.h"
-#include "scratch.h"
+#include "memory.h"
 #include "units.h"
 
 namespace dst_ops {
@@ -30,9 +30,59 @@ void copy_periodic(const In* row, int64_t length, int64_t period, int64_t from, 
   }
 }
 
+// Most tokens that are transposed at a time for the gradient of bands.
+constexpr int64_t band_tokens = 256, band_block = 8;
+
+// The same for bands of a multiple of band_diagonals: tokens in the lanes, so that neighbouring diagonals share loads.
+template <typename In, typename T = typename SumOf<In>::type>
+void band_gradient(const In* shorter, const In* longer, T* grad, const Units& units, int64_t B, int64_t P, int64_t L) {
+  const Kernels<In>& kernel = kernels<In>();
+  const int64_t tokens = kernel.tokens, rows = kernel.band_rows, width = units.width, tiles = std::min(band_tokens, B + tokens - 1) / tokens;
+  // [tile of tokens][feature][token], with features 0 ... again behind the last of the longer, zeros behind the shorter;
+  // the same feature of different tiles must not fall on the same lines of the cache.
+  const auto stride = [&](int64_t features) { return (features / 32 * 32 + 32 + 11) * tokens; };
+  const int64_t stride_short = stride(L + rows), stride_long = stride(P + rows + width);
+  T *const shorts = scratch<T, rows_id>(tiles * stride_short), *const longs = scratch<T, packed_id>(tiles * stride_long);
+  if (B == 0) std::fill_n(grad, int64_t(units.list.size()) * width * L, T(0));
+  for (int64_t b0 = 0; b0 < B; b0 += tiles * tokens) {
+    const int64_t now = std::min(tiles, (B - b0 + tokens - 1) / tokens);
+    torch::stable::parallel_for(0, now, 1, [&](int64_t begin, int64_t stop) {
+      for (int64_t tile = begin; tile < stop; ++tile) {
+        const int64_t b = b0 + tile * tokens, many = std::min(tokens, B - b);
+        T *const s = shorts + tile * stride_short, *const u = longs + tile * stride_long;
+        kernel.transpose_in(shorter + b * L, L, many, L, s);
+        std::fill_n(s + L * tokens, rows * tokens, T(0));
+        kernel.transpose_in(longer + b * P, P, many, P, u);
+        for (int64_t r = P; r < P + rows + width; ++r) std::copy_n(u + (r - P) * tokens, tokens, u + r * tokens);
+      }
+    });
+    const int64_t block = band_block * rows;
+    torch::stable::parallel_for(0, (L + block - 1) / block, 1, [&](int64_t begin, int64_t stop) {
+      std::vector<T> sums(rows * band_diagonals), tile(width * block);
+      for (int64_t l0 = begin * block; l0 < std::min(L, stop * block); l0 += block) {
+        const int64_t many = std::min(block, L - l0);
+        for (const Unit& unit : units.list) {
+          for (int64_t l = 0; l < many; l += rows)
+            for (int64_t d = 0; d < width; d += band_diagonals) {
+              const int64_t row = (l0 + l + unit.offset + d) % P;
+              kernel.accumulate_band(shorts + (l0 + l) * tokens, stride_short, longs + row * tokens, stride_long, now, sums.data());
+              for (int64_t e = 0; e < band_diagonals; ++e)
+                for (int64_t r = 0; r < rows; ++r) tile[(d + e) * block + l + r] = sums[r * band_diagonals + e];
+            }
+          for (int64_t d = 0; d < width; ++d) {
+            T* const to = grad + (unit.slot + d) * L + l0;
+            for (int64_t l = 0; l < many; ++l) to[l] = b0 == 0 ? tile[d * block + l] : to[l] + tile[d * block + l];
+          }
+        }
+      }
+    });
+  }
+}
+
 // longer [B, P], shorter [B, L], grad [K, L].
 template <typename In, typename T = typename SumOf<In>::type>
 void gradient(const In* shorter, const In* longer, T* grad, const Units& units, int64_t B, int64_t P, int64_t L) {
+  if (units.width % band_diagonals == 0) return band_gradient(shorter, longer, grad, units, B, P, L);
   struct Diagonal {
     int64_t offset, slot;
   };
@@ -87,13 +137,18 @@ void gradient(const In* shorter, const In* longer, T* grad, const Units& units, 
             std::fill_n(longs + r * ld_long, ld_long, T(0));
           }
         }
-        for (int64_t t = 0; t < t1 - t0; ++t)
-          for (int64_t k = k0, next; k < k1; k = next) {
+        for (int64_t t = 0; t < t1 - t0; ++t) {
+          // The next rows come from memory meanwhile.
+          const int64_t next = b + group, next_many = std::clamp<int64_t>(B - next, 0, group), at = (t0 * tile + chunk_low[c]) % P;
+          prefetch(shorter + next * L, L, 0, next_many, (t0 + t) * tile, (t0 + t + 1) * tile);
+          prefetch(longer + next * P, P, 0, next_many, at + ld_long * t / (t1 - t0), at + ld_long * (t + 1) / (t1 - t0));
+          for (int64_t k = k0, k_end; k < k1; k = k_end) {
             const int64_t remainder = diagonals[k].offset % align;
-            for (next = k + 1; next < k1 && diagonals[next].offset % align == remainder;) ++next;
+            for (k_end = k + 1; k_end < k1 && diagonals[k_end].offset % align == remainder;) ++k_end;
             kernel.accumulate(shorts + align + t * tile - remainder, ld_short, longs + t * tile, ld_long, start.data() + k,
-                              sums + (t * (k1 - k0) + k - k0) * tile, next - k);
+                              sums + (t * (k1 - k0) + k - k0) * tile, k_end - k);
           }
+        }
       }
       for (int64_t k = k0; k < k1; ++k)
         for (int64_t t = t0; t < t1; ++t) {

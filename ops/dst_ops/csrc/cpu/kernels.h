@@ -17,6 +17,9 @@ constexpr int rows = DST_OPS_ROWS, columns = 3;
 template <typename T>
 constexpr int tile_width = columns* lanes<T>;
 
+// Sums of a block of a band's gradients, with tokens in the lanes, and the vectors they come from fill the registers.
+constexpr int band_rows = DST_OPS_BAND_ROWS;
+
 template <typename In, typename T = typename SumOf<In>::type>
 static void convert(const In* in, long count, T* to) {
   constexpr int n = lanes<T>;
@@ -87,29 +90,38 @@ static void transpose_out(const T* sums, long count, long features, const T* bia
   }
 }
 
-// The weights of one tile in the order in which multiply reads them: to[unit][diagonal of the unit][output].
-// Entries of a stored diagonal are numbered along the output (entry base + a belongs to output a) or along the input
-// (entry base + start + d + a does, and the diagonals of a unit come last to first). Zero where there is no entry.
+// some[0..count) = v[(from + i) mod period], zeros where that is not below length; from lies in (-period, 2 period).
+template <typename In>
+static void wrapped(const In* v, long length, long period, long from, int count, In* some) {
+  for (int i = 0; i < count; ++i) {
+    const long at = from + i < 0 ? from + i + period : from + i >= period ? from + i - period : from + i;
+    some[i] = at < length ? v[at] : In{};
+  }
+}
+
+// The weights of some parts in the order in which products read them: to[part.weights ...] = [unit][diagonal][output].
+// Entries of a stored diagonal are numbered along the output (entry l belongs to output l) or along the input (to row l
+// of it, and the diagonals of a unit come last to first). Parts have room for a vector more than they need.
 template <typename In, typename T = typename SumOf<In>::type>
-static void pack(const In* values, long length, long period, const Diagonals& u, long base, bool along_input, T* to) {
+static void pack(const In* values, long length, long period, const Diagonals& u, bool along_input, const Part* parts, long count, T* to) {
   constexpr int n = lanes<T>, vectors = (outputs + n - 1) / n;
   for (long e = 0; e < u.count; ++e)
-    for (long d = 0; d < u.width; ++d, to += outputs) {
-      const In* v = values + (u.slot[e] + (along_input ? u.width - 1 - d : d)) * length;
-      const long from = along_input ? base + u.start[e] + d : base;
-      const In* some = v + from;
-      In row[vectors * n];
-      if (from < 0 || from + vectors * n > length) {
-        for (int a = 0; a < vectors * n; ++a) {
-          const long at = from + a < 0 ? from + a + period : from + a >= period ? from + a - period : from + a;
-          row[a] = at >= 0 && at < length ? v[at] : In{};
+    for (long d = 0; d < u.width; ++d) {
+      const In* const v = values + (u.slot[e] + (along_input ? u.width - 1 - d : d)) * length;
+      // All parts of a row of `values` in turn: rows may lie a multiple of the cache's size apart.
+      for (const Part* p = parts; p != parts + count; ++p) {
+        if (e < p->first || e >= p->last) continue;
+        const long from = along_input ? p->row + u.start[e] + d : p->output;
+        const In* some = v + from;
+        In edge[vectors * n];
+        if (from < 0 || from + vectors * n > length) {
+          wrapped(v, length, period, from, vectors * n, edge);
+          some = edge;
         }
-        some = row;
-      }
-      V<T> weight[vectors];
+        T* const place = to + p->weights + ((e - p->first) * u.width + d) * outputs;
 #pragma GCC unroll 8
-      for (int i = 0; i < vectors; ++i) weight[i] = load(some + i * n);
-      __builtin_memcpy(to, weight, outputs * sizeof(T));
+        for (int i = 0; i < vectors; ++i) store(place + i * n, load(some + i * n));
+      }
     }
 }
 
@@ -148,6 +160,59 @@ static void multiply(const T* x, const Diagonals& u, const T* weight, T* sums, l
   for (; k < count && start(k) < to; ++k) part(k);
 }
 
+// out[r][0..many) of R tokens = outputs from `output` on, at most a tile: features in the lanes. x: rows of length
+// `period` given twice.
+template <int R, typename In, typename T = typename SumOf<In>::type>
+static void few_rows(const T* x, long ld, const In* values, long length, long period, const Diagonals& u, bool along_input, long output, long many,
+                     const T* bias, In* out, long ld_out) {
+  constexpr int n = lanes<T>, width = tile_width<T>, ahead = 8;
+  V<T> sum[R][columns] = {};
+  for (long e = 0; e < u.count; ++e) {
+    long row = output + u.start[e];
+    if (row >= period) row -= period;
+    const long from = along_input ? row : output;
+    const In *const v = values + u.slot[e] * length, *some = v + from;
+    if (along_input && from >= length && from + width <= period) continue;  // zeros only
+    if (e + ahead < u.count) {
+      const In* const next = values + u.slot[e + ahead] * length + (along_input ? (output + u.start[e + ahead]) % period : output);
+#pragma GCC unroll 8
+      for (int line = 0; line < width * int(sizeof(In)); line += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + line);
+    }
+    In edge[width];
+    if (from + width > length) {
+      wrapped(v, length, period, from, width, edge);
+      some = edge;
+    }
+    V<T> w[columns];
+#pragma GCC unroll 3
+    for (int c = 0; c < columns; ++c) w[c] = load(some + c * n);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+      for (int c = 0; c < columns; ++c) sum[r][c] += w[c] * load(x + r * ld + row + c * n);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+    for (int c = 0; c < columns; ++c) {
+      if ((c + 1) * n <= many) {
+        store(out + r * ld_out + c * n, sum[r][c] + load(bias + c * n));
+        continue;
+      }
+      In some[n];
+      store(some, sum[r][c] + load(bias + c * n));
+      for (long i = c * n; i < many; ++i) out[r * ld_out + i] = some[i - c * n];
+    }
+}
+
+// The same for any number of tokens.
+template <typename In, int R = rows, typename T = typename SumOf<In>::type>
+static void few(const T* x, long ld, long count, const In* values, long length, long period, const Diagonals& u, bool along_input, long output, long many,
+                const T* bias, In* out, long ld_out) {
+  for (; count >= R; count -= R, x += R * ld, out += R * ld_out) few_rows<R>(x, ld, values, length, period, u, along_input, output, many, bias, out, ld_out);
+  if constexpr (R > 1) few<In, R / 2>(x, ld, count, values, length, period, u, along_input, output, many, bias, out, ld_out);
+}
+
 // grad[e][0..tile) += sum over rows r of shorter[r][0..tile) * longer[r][start[e] ... + tile).
 template <typename T>
 static void accumulate(const T* shorter, long ld_short, const T* longer, long ld_long, const int* start, T* grad, long entries) {
@@ -171,8 +236,50 @@ static void accumulate(const T* shorter, long ld_short, const T* longer, long ld
   }
 }
 
+// v[0] lane i = the sum of v[i]'s lanes.
+template <typename T, int S = 1>
+static inline void add_lanes(V<T> (&v)[lanes<T>]) {
+  if constexpr (S < lanes<T>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes<T>; r += 2 * S) {
+      exchange<S>(v[r], v[r + S], typename Count<lanes<T>>::type{});
+      v[r] += v[r + S];
+    }
+    add_lanes<T, 2 * S>(v);
+  }
+}
+
+// sums[r][d] = shorter[r] . longer[r + d] over the tokens of some tiles, for band_rows rows r and band_diagonals
+// diagonals d: a row that is loaded serves several of them.
+template <typename T>
+static void accumulate_band(const T* shorter, long stride_short, const T* longer, long stride_long, long tiles, T* sums) {
+  constexpr int n = lanes<T>, D = band_diagonals, count = (band_rows * D + n - 1) / n;
+  V<T> sum[band_rows * D] = {};
+  for (long tile = 0; tile < tiles; ++tile, shorter += stride_short, longer += stride_long)
+    for (int v = 0; v < tokens<T>; v += n) {
+      V<T> s[band_rows];
+#pragma GCC unroll 8
+      for (int r = 0; r < band_rows; ++r) s[r] = load(shorter + r * tokens<T> + v);
+#pragma GCC unroll 16
+      for (int row = 0; row < band_rows + D - 1; ++row) {
+        const V<T> u = load(longer + row * tokens<T> + v);
+#pragma GCC unroll 8
+        for (int d = 0; d < D; ++d)
+          if (row - d >= 0 && row - d < band_rows) sum[(row - d) * D + d] += s[row - d] * u;
+      }
+    }
+#pragma GCC unroll 16
+  for (int g = 0; g < count; ++g) {
+    V<T> part[n] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < n && g * n + i < band_rows * D; ++i) part[i] = sum[g * n + i];
+    add_lanes<T>(part);
+    for (int i = 0; i < n && g * n + i < band_rows * D; ++i) sums[g * n + i] = part[0][i];
+  }
+}
+
 template <typename In, typename T = typename SumOf<In>::type>
-constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, rows, convert<In>, transpose_in<In>, transpose_out<In>, pack<In>, multiply<T>, accumulate<T>};
+constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, rows, band_rows, convert<In>, transpose_in<In>, transpose_out<In>, pack<In>, multiply<T>, few<In>, accumulate<T>, accumulate_band<T>};
 
 const Kernels<float> f32 = kernels<float>;
 const Kernels<double> f64 = kernels<double>;

@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "few.h"
 #include "gradient.h"
 #include "product.h"
 
@@ -75,7 +76,8 @@ Tensor apply(const Tensor& in, const Tensor& values, const Tensor& offsets, int6
   Tensor y = torch::stable::new_empty(x, shape);
   for_type(x.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
-    product(static_cast<const In*>(x.const_data_ptr()), static_cast<const In*>(v.const_data_ptr()),
+    const auto of = x.numel() / I <= few_tokens ? few_product<In> : product<In>;
+    of(static_cast<const In*>(x.const_data_ptr()), static_cast<const In*>(v.const_data_ptr()),
                          b ? static_cast<const In*>(b->const_data_ptr()) : nullptr, static_cast<In*>(y.mutable_data_ptr()), units,
                          x.numel() / I, I, O, scatter);
   });

@@ -16,7 +16,7 @@
 
 #include "codegen.h"
 #include "isa.h"
-#include "scratch.h"
+#include "memory.h"
 #include "units.h"
 
 namespace dst_ops {
@@ -52,12 +52,6 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
 
   // Row r of the tile of outputs from i on is row (i + r) mod P of the input: i + r before the wrap, i + r - P after it.
   // Sections that meet zeros only are left out.
-  struct Part {
-    int64_t row;             // of the input, where the tile's row 0 is
-    int64_t begin, end;      // sections
-    int64_t first, last;     // units that meet their rows
-    int64_t weights;         // where those of unit `first` are packed
-  };
   const int64_t tiles = (O + outputs - 1) / outputs, nonzero = scatter ? L : P;
   std::vector<Part> parts(2 * tiles);
   for (int64_t p = 0; p < 2 * tiles; ++p) {
@@ -65,7 +59,7 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
     const int64_t zeros = p % 2 && nonzero == P ? sections : std::clamp<int64_t>((nonzero - row + section_rows - 1) / section_rows, 0, sections);
     const int64_t begin = p % 2 ? wrap : 0, end = p % 2 ? std::max(wrap, zeros) : std::min(wrap, zeros);
     const auto [first, last] = meeting(begin, end);
-    parts[p] = {row, begin, end, first, last, 0};
+    parts[p] = {i, row, begin, end, first, last, 0};
   }
   std::vector<T> add(O + block_outputs, T(0));
   if (bias != nullptr) kernel.convert(bias, O, add.data());
@@ -76,22 +70,19 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
     int64_t packed = 0;
     for (end_tile = begin_tile; end_tile < tiles; ++end_tile) {
       Part* const part = &parts[2 * end_tile];
-      const int64_t more = (part[0].last - part[0].first + part[1].last - part[1].first) * unit;
-      if (end_tile > begin_tile && (end_tile - begin_tile) % block_tiles == 0 && packed + more > most) break;
+      const int64_t sizes[] = {(part[0].last - part[0].first) * unit + 16, (part[1].last - part[1].first) * unit + 16};
+      if (end_tile > begin_tile && (end_tile - begin_tile) % block_tiles == 0 && packed + sizes[0] + sizes[1] > most) break;
       part[0].weights = packed;
-      part[1].weights = packed + (part[0].last - part[0].first) * unit;
-      packed += more;
+      part[1].weights = packed + sizes[0];
+      packed += sizes[0] + sizes[1];
     }
     T* const weights = scratch<T, packed_id>(packed);
-    torch::stable::parallel_for(2 * begin_tile, 2 * end_tile, 1, [&](int64_t from, int64_t to) {
-      for (int64_t p = from; p < to; ++p) {
-        const Part& part = parts[p];
-        const Diagonals diagonals{start.data() + part.first, slot.data() + part.first, part.last - part.first, width};
-        kernel.pack(values, L, P, diagonals, scatter ? part.row : p / 2 * outputs, scatter, weights + part.weights);
-      }
-    });
-
     const int64_t blocks = (end_tile - begin_tile + block_tiles - 1) / block_tiles;
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
+      const Diagonals diagonals{start.data(), slot.data(), count, width};
+      for (int64_t t = begin_tile + from * block_tiles, end = std::min(begin_tile + to * block_tiles, end_tile); t < end; t += block_tiles)
+        kernel.pack(values, L, P, diagonals, scatter, &parts[2 * t], 2 * std::min(block_tiles, end - t), weights);
+    });
     torch::stable::parallel_for(0, (B + tokens - 1) / tokens * blocks, 1, [&](int64_t begin, int64_t stop) {
       // Rows 0 ... P - 1, and as many on each side as sections reach beyond.
       const int64_t before = section_rows, after = reach + section_rows;
@@ -108,16 +99,13 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
         std::fill_n(sums, block_outputs * tokens, T(0));
 
         // What is transposed next (these outputs, a part of the next tokens' inputs) comes from memory meanwhile.
-        const int64_t calls = (sections + chunk_sections - 1) / chunk_sections * (t1 - t0), next = b + tokens;
+        const int64_t calls = (sections + chunk_sections - 1) / chunk_sections * (t1 - t0);
+        const int64_t next = b + tokens, next_many = std::clamp<int64_t>(B - next, 0, tokens);
         int64_t call = 0;
-        const auto prefetch_part = [&](const In* from, int64_t ld, int64_t rows, int64_t begin_column, int64_t end_column) {
-          for (int64_t r = rows * call / calls; r < rows * (call + 1) / calls; ++r)
-            for (int64_t f = begin_column; f < end_column; f += 64 / int64_t(sizeof(In))) __builtin_prefetch(from + r * ld + f, 0, 2);
-        };
         for (int64_t c = 0; c < sections; c += chunk_sections)
           for (int64_t t = t0; t < t1; ++t, ++call) {
-            prefetch_part(out + b * O, O, many, i, i_end);
-            if (next < B) prefetch_part(in + next * I, I, std::min(tokens, B - next), I * block / blocks, I * (block + 1) / blocks);
+            prefetch(out + b * O, O, many * call / calls, many * (call + 1) / calls, i, i_end);
+            prefetch(in + next * I, I, next_many * call / calls, next_many * (call + 1) / calls, I * block / blocks, I * (block + 1) / blocks);
             for (const Part* part = &parts[2 * t]; part != &parts[2 * t] + 2; ++part) {
               const int64_t s0 = std::max(c, part->begin), s1 = std::min(c + chunk_sections, part->end);
               if (s0 >= s1) continue;

@@ -1,4 +1,4 @@
-// Memory that a thread keeps for its next call. Included by ops.cpp only.
+// Memory that a thread keeps for its next call, and prefetching. Included by ops.cpp only.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,13 @@ T* scratch(int64_t count) {
     capacity = count;
   }
   return block.get();
+}
+
+// Columns begin ... end - 1 of some rows into the second-level cache.
+template <typename T>
+void prefetch(const T* row, int64_t ld, int64_t begin_row, int64_t end_row, int64_t begin, int64_t end) {
+  for (int64_t r = begin_row; r < end_row; ++r)
+    for (int64_t c = begin; c < end; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + r * ld + c, 0, 2);
 }
 
 }  // namespace
