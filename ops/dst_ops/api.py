@@ -10,7 +10,7 @@ from torch import Tensor
 from dst_ops import build, reference, registration  # noqa: F401  (registers torch.ops.dst_ops)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SCORE_BLOCK = 2**21  # elements of dW held at once: 8 MiB in fp32
+SCORE_BLOCK = 2**20  # elements of dW held at once: 4 MiB in fp32
 
 
 def diagonal_linear(
@@ -102,7 +102,7 @@ def diagonal_scores(
 ) -> Tensor:
     """Mean |dW| over the entries of each unit, where dW = dy^T x is the dense weight's gradient.
 
-    dW is computed in fp32 in blocks of rows of at most 8 MiB (or one row) and never held as a whole.
+    dW is computed in fp32 in blocks of rows of at most 4 MiB (or one row, or half of dW) and never held as a whole.
 
     Args:
         x: [..., in_features]. dy: [..., out_features], same leading shape and device.
@@ -122,29 +122,34 @@ def diagonal_scores(
     _check(tuple(dy.shape) == expected, "dy", "shape", dy.shape, expected)
     _check(dy.device == x.device, "dy", "device", dy.device, "the device of x, {}", x.device)
     x32, dy32 = x.reshape(-1, in_features).float(), dy.reshape(-1, out_features).float()
-    block_rows = max(1, min(out_features, in_features, SCORE_BLOCK // in_features))
+    block_rows = max(1, min(SCORE_BLOCK // in_features, -(-out_features // 2)))
     sums = x32.new_zeros(max(out_features, in_features))
+    skewed = x32.new_zeros(block_rows * (block_rows + in_features - 1))
     with torch.autocast(x.device.type, enabled=False):
         for first in range(0, out_features, block_rows):
             block = dy32[:, first : first + block_rows].t() @ x32
             if reduce is not None:
                 block = reduce(block, first)
-            _add_diagonal_sums(sums, block.abs(), first, out_features, in_features)
+            _add_diagonal_sums(sums, block, first, skewed, out_features, in_features)
     return sums.view(-1, band).sum(1) / (band * min(out_features, in_features))
 
 
-def _add_diagonal_sums(sums: Tensor, block: Tensor, first_row: int, out_features: int, in_features: int) -> None:
-    """Add the sum over each candidate diagonal of rows first_row ... of a matrix to sums [P].
+def _add_diagonal_sums(
+    sums: Tensor, block: Tensor, first_row: int, skewed: Tensor, out_features: int, in_features: int
+) -> None:
+    """Add the sum of |entries| over each candidate diagonal of rows first_row ... of a matrix to sums [P].
 
-    Row a of the block is written shifted by rows - 1 - a into a zero buffer, so that a diagonal becomes a column.
+    Row a of the block is written shifted by rows - 1 - a into `skewed`, so that a diagonal becomes a column. What lies
+    between the rows must be zero there, and stays so from block to block; a last, smaller block gets its own.
     """
     rows, columns = block.shape
     width = rows + columns - 1
-    buffer = block.new_zeros(rows * width)
-    buffer.as_strided((rows, columns), (width - 1, 1), rows - 1).copy_(block)
+    if skewed.numel() != rows * width:
+        skewed = block.new_zeros(rows * width)
+    torch.abs(block, out=skewed.as_strided((rows, columns), (width - 1, 1), rows - 1))
     shift = torch.arange(width, device=block.device) - (rows - 1) - first_row  # column - row
     candidate = -shift % out_features if out_features >= in_features else shift % in_features
-    sums.index_add_(0, candidate, buffer.view(rows, width).sum(0))
+    sums.index_add_(0, candidate, skewed.view(rows, width).sum(0))
 
 
 def _check(ok: bool, argument: str, what: str, got: object, expected: object, *parts: object) -> None:

@@ -16,6 +16,10 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "../diagonal.h"
@@ -23,32 +27,24 @@
 namespace dst_ops {
 namespace {
 
-// Pages that hold writable or executable bytes, never both.
+// Pages that hold writable bytes until execute(), then executable ones: never both.
 class CodePages {
  public:
-  CodePages() = default;
+  explicit CodePages(size_t size) : size_(size) {
+#if defined(__x86_64__)
+    void* const pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages != MAP_FAILED) pages_ = pages;
+#endif
+  }
   CodePages(const CodePages&) = delete;
   CodePages& operator=(const CodePages&) = delete;
   ~CodePages() { free(); }
 
-  // Writable memory for `size` bytes, overwriting what was there; nullptr where the system refuses.
-  uint8_t* write(size_t size) {
-#if defined(__x86_64__)
-    if (size > capacity_) {
-      free();
-      const size_t capacity = (size + 65535) / 65536 * 65536;
-      void* const pages = mmap(nullptr, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (pages != MAP_FAILED) pages_ = pages, capacity_ = capacity;
-    } else if (mprotect(pages_, capacity_, PROT_READ | PROT_WRITE) != 0) {
-      free();
-    }
-#endif
-    return static_cast<uint8_t*>(pages_);
-  }
-  // Makes it callable; nullptr where the system refuses.
+  // nullptr where the system refuses.
+  uint8_t* writable() { return static_cast<uint8_t*>(pages_); }
   const uint8_t* execute() {
 #if defined(__x86_64__)
-    if (pages_ != nullptr && mprotect(pages_, capacity_, PROT_READ | PROT_EXEC) != 0) free();
+    if (pages_ != nullptr && mprotect(pages_, size_, PROT_READ | PROT_EXEC) != 0) free();
 #endif
     return static_cast<const uint8_t*>(pages_);
   }
@@ -56,37 +52,37 @@ class CodePages {
  private:
   void free() {
 #if defined(__x86_64__)
-    if (pages_ != nullptr) munmap(pages_, capacity_);
+    if (pages_ != nullptr) munmap(pages_, size_);
 #endif
-    pages_ = nullptr, capacity_ = 0;
+    pages_ = nullptr;
   }
   void* pages_ = nullptr;
-  size_t capacity_ = 0;
+  size_t size_;
 };
 
 // Whether the system lets a process run code that it wrote.
 bool may_generate() {
   static const bool may = [] {
-    CodePages pages;
-    return pages.write(1) != nullptr && pages.execute() != nullptr;
+    CodePages pages(1);
+    return pages.writable() != nullptr && pages.execute() != nullptr;
   }();
   return may;
 }
 
 // sums[a][v] += weight[unit][d][a] * x[start[unit] + d + a][v] over outputs a, vectors v of tokens, units and their
-// diagonals d, for all rows of x or those of some sections. Valid until its thread makes the next one.
+// diagonals d, for all rows of x or those of some sections.
 template <typename T>
 class Program {
  public:
   // Registers hold outputs * vectors sums, `vectors` vectors of x and one weight; vector_bytes is 32 or 64.
   Program(const std::vector<int>& start, int64_t width, int64_t rows, int outputs, int vectors, int vector_bytes)
       : outputs_(outputs), vectors_(vectors), vector_bytes_(vector_bytes) {
+    if (!may_generate() || vector_bytes < 32) return;
     const int64_t count = static_cast<int64_t>(start.size()), reach = outputs + width - 1, registers = outputs * vectors;
     const int64_t sections = (rows + section_rows - 1) / section_rows, most = 12;  // bytes of an instruction, not more
-    if (!may_generate() || vector_bytes < 32) return;
-    static thread_local CodePages pages;
-    uint8_t* const code = pages.write(64 + 2 * most * registers + sections * (3 * most + section_rows * most * vectors) +
-                                      count * width * outputs * most * (2 + vectors));
+    pages_ = std::make_unique<CodePages>(64 + 2 * most * registers + sections * (3 * most + section_rows * most * vectors) +
+                                         count * width * outputs * most * (2 + vectors));
+    uint8_t* const code = pages_->writable();
     if (code == nullptr) return;
     at_ = code;
     for (int r = 0; r < registers; ++r) move(store, r, rdx, r);
@@ -113,11 +109,13 @@ class Program {
       put({0x0f, 0x84});  // je the stores
       word(code - (at_ + 4));
     }
-    code_ = pages.execute();
+    size_ = at_ - code;
+    code_ = pages_->execute();
     run_ = reinterpret_cast<Run>(reinterpret_cast<uintptr_t>(code_) + (begin - code));
   }
 
   bool ready() const { return code_ != nullptr; }
+  int64_t size() const { return size_; }
 
   // Rows of sections first ... last - 1 only. weight: of unit 0, though those of units that no such row meets are not read.
   void run(const T* x, const T* weight, T* sums, int64_t first, int64_t last) const {
@@ -189,12 +187,35 @@ class Program {
   }
 
   const int outputs_, vectors_, vector_bytes_;
+  std::unique_ptr<CodePages> pages_;
   uint8_t* at_ = nullptr;
-  int64_t weight_ = 0;
+  int64_t weight_ = 0, size_ = 0;
   std::vector<Entry> entries_;
   const uint8_t* code_ = nullptr;
   Run run_ = nullptr;
 };
+
+// Most bytes of programs kept.
+constexpr int64_t kept_code = 64 << 20;
+
+// The program, kept for the next call with these arguments: offsets change once in many steps.
+template <typename T>
+std::shared_ptr<const Program<T>> program_for(const std::vector<int>& start, int64_t width, int64_t rows, int outputs, int vectors, int vector_bytes) {
+  static std::mutex mutex;
+  static std::map<std::vector<int>, std::shared_ptr<const Program<T>>> kept;
+  static int64_t bytes = 0;
+  std::vector<int> key(start);
+  key.push_back(static_cast<int>(width));
+  key.push_back(static_cast<int>(rows));
+  const std::lock_guard<std::mutex> guard(mutex);
+  const auto found = kept.find(key);
+  if (found != kept.end()) return found->second;
+  auto made = std::make_shared<const Program<T>>(start, width, rows, outputs, vectors, vector_bytes);
+  if (bytes + made->size() > kept_code) kept.clear(), bytes = 0;
+  bytes += made->size();
+  kept.emplace(std::move(key), made);
+  return made;
+}
 
 }  // namespace
 }  // namespace dst_ops

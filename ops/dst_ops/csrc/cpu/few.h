@@ -41,7 +41,7 @@ void few_product(const In* in, const In* values, const In* bias, In* out, const 
     T* const row = x + b * ld;
     kernel.convert(in + b * I, I, row);
     std::fill_n(row + I, P - I, T(0));
-    for (int64_t r = P; r < ld; ++r) row[r] = row[r - P];
+    for (int64_t r = P; r < ld; r += P) std::copy_n(row, std::min(P, ld - r), row + r);
   }
   torch::stable::parallel_for(0, (O + tile - 1) / tile, 1, [&](int64_t begin, int64_t stop) {
     const Diagonals diagonals{start.data(), slot.data(), K, 1};

@@ -41,7 +41,8 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
     slot[e] = u.slot;
   }
   const int64_t reach = outputs + width - 1, sections = (P + outputs + section_rows - 1) / section_rows;
-  const Program<T> program(start, width, P + outputs, kernel.outputs, kernel.tokens * int(sizeof(T)) / kernel.vector_bytes, kernel.vector_bytes);
+  const int vectors = kernel.tokens * int(sizeof(T)) / kernel.vector_bytes;
+  const auto program = program_for<T>(start, width, P + outputs, kernel.outputs, vectors, kernel.vector_bytes);
 
   // Units that meet rows of sections begin ... end - 1.
   const auto meeting = [&](int64_t begin, int64_t end) {
@@ -111,8 +112,8 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
               if (s0 >= s1) continue;
               const T *const rows = x + part->row * tokens, *const weight = weights + part->weights;
               T* const to = sums + (t - t0) * outputs * tokens;
-              if (program.ready()) {
-                program.run(rows, weight - part->first * unit, to, s0, s1);
+              if (program->ready()) {
+                program->run(rows, weight - part->first * unit, to, s0, s1);
               } else {
                 const auto [first, last] = meeting(s0, s1);
                 const Diagonals diagonals{start.data() + first, slot.data() + first, last - first, width};
