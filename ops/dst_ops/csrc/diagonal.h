@@ -40,6 +40,15 @@ struct Part {
 // Rows of the input for a product: sections of this many are left out where they are zero.
 constexpr long section_rows = 32;
 
+// Bytes from a row to the next where single diagonals' gradients are taken: known to the compiler, and not a multiple of
+// what makes rows share the lines of a cache.
+constexpr int gradient_stride = 2064 * 4;
+
+// Diagonals whose offsets have one remainder.
+struct Class {
+  int remainder, count;
+};
+
 // Neighbouring diagonals whose gradients are taken together.
 constexpr int band_diagonals = 4;
 
@@ -58,7 +67,7 @@ struct Kernels {
   void (*multiply)(const T* x, const Diagonals& d, const T* weight, T* sums, long from, long to);
   void (*few)(const T* x, long ld, long count, const In* values, long length, long period, const Diagonals& d, bool along_input, long output, long many,
               const T* bias, In* out, long ld_out);
-  void (*accumulate)(const T* shorter, long ld_short, const T* longer, long ld_long, const int* start, T* grad, long entries);
+  void (*accumulate)(const T* shorter, const T* longer, const Class* classes, long count, const int* start, T* grad);
   void (*accumulate_band)(const T* shorter, long stride_short, const T* longer, long stride_long, long tiles, T* sums);
 };
 

@@ -80,16 +80,19 @@ class Program {
     if (!may_generate() || vector_bytes < 32) return;
     const int64_t count = static_cast<int64_t>(start.size()), reach = outputs + width - 1, registers = outputs * vectors;
     const int64_t sections = (rows + section_rows - 1) / section_rows, most = 12;  // bytes of an instruction, not more
-    pages_ = std::make_unique<CodePages>(64 + 2 * most * registers + sections * (3 * most + section_rows * most * vectors) +
+    pages_ = std::make_unique<CodePages>(64 + 3 * most * registers + sections * (3 * most + section_rows * most * vectors) +
                                          count * width * outputs * most * (2 + vectors));
     uint8_t* const code = pages_->writable();
     if (code == nullptr) return;
     at_ = code;
     for (int r = 0; r < registers; ++r) move(store, r, rdx, r);
     put({0xc5, 0xf8, 0x77, 0xc3});  // vzeroupper; ret
-    const uint8_t* const begin = at_;
-    for (int r = 0; r < registers; ++r) move(load, r, rdx, r);
+    const int64_t zero = at_ - code;
+    for (int r = 0; r < registers; ++r) instruction(1, 1, false, 0xef, r, r, r), put({0xc0 | (r & 7) << 3 | (r & 7)});  // vpxor, vpxord
     put({0xff, 0xe1});          // jmp rcx
+    const int64_t add = at_ - code;
+    for (int r = 0; r < registers; ++r) move(load, r, rdx, r);
+    put({0xff, 0xe1});
     int64_t low = 0, high = 0;  // units that meet the row
     for (int64_t s = 0; s < sections; ++s) {
       entries_.push_back({at_ - code, weight_});
@@ -103,7 +106,7 @@ class Program {
           for (int64_t d = 0; d < width; ++d)
             if (const int64_t a = row - start[e] - d; a >= 0 && a < outputs) multiply_add(static_cast<int>(a), (e * width + d) * outputs + a);
       }
-      add(rdi, section_rows * vectors * vector_bytes);
+      advance(rdi, section_rows * vectors * vector_bytes);
       put({0x41, 0x81, 0xf8});  // cmp r8d, s + 1
       word(s + 1);
       put({0x0f, 0x84});  // je the stores
@@ -111,16 +114,18 @@ class Program {
     }
     size_ = at_ - code;
     code_ = pages_->execute();
-    run_ = reinterpret_cast<Run>(reinterpret_cast<uintptr_t>(code_) + (begin - code));
+    zero_ = reinterpret_cast<Run>(reinterpret_cast<uintptr_t>(code_) + zero);
+    add_ = reinterpret_cast<Run>(reinterpret_cast<uintptr_t>(code_) + add);
   }
 
   bool ready() const { return code_ != nullptr; }
   int64_t size() const { return size_; }
 
-  // Rows of sections first ... last - 1 only. weight: of unit 0, though those of units that no such row meets are not read.
-  void run(const T* x, const T* weight, T* sums, int64_t first, int64_t last) const {
+  // Rows of sections first ... last - 1 only, with sums that begin at zero or continue. weight: of unit 0, though those of
+  // units that no such row meets are not read.
+  void run(const T* x, const T* weight, T* sums, int64_t first, int64_t last, bool continues) const {
     const int64_t row = vectors_ * vector_bytes_ / int64_t(sizeof(T));
-    run_(x + first * section_rows * row, weight + entries_[first].weight, sums, code_ + entries_[first].code, last);
+    (continues ? add_ : zero_)(x + first * section_rows * row, weight + entries_[first].weight, sums, code_ + entries_[first].code, last);
   }
 
  private:
@@ -136,7 +141,7 @@ class Program {
     const bool f64 = sizeof(T) == 8, evex = vector_bytes_ == 64;
     const int64_t behind = 120 / (evex ? 1 : sizeof(T));  // keeps most displacements in one byte
     if (weight - weight_ < -behind || weight - weight_ > behind) {
-      add(rsi, (weight + behind - weight_) * int64_t(sizeof(T)));
+      advance(rsi, (weight + behind - weight_) * int64_t(sizeof(T)));
       weight_ = weight + behind;
     }
     instruction(2, 1, f64 && evex, f64 ? 0x19 : 0x18, w, 0);  // vbroadcastss, vbroadcastsd
@@ -154,7 +159,7 @@ class Program {
     memory(reg, base, index, vector_bytes_);
   }
 
-  void add(Base reg, int64_t bytes) {
+  void advance(Base reg, int64_t bytes) {
     put({0x48, 0x81, 0xc0 | reg});
     word(bytes);
   }
@@ -192,7 +197,7 @@ class Program {
   int64_t weight_ = 0, size_ = 0;
   std::vector<Entry> entries_;
   const uint8_t* code_ = nullptr;
-  Run run_ = nullptr;
+  Run zero_ = nullptr, add_ = nullptr;  // begin with sums of zero, with those in memory
 };
 
 // Most bytes of programs kept.

@@ -31,7 +31,7 @@ void copy_periodic(const In* row, int64_t length, int64_t period, int64_t from, 
 }
 
 // Most tokens that are transposed at a time for the gradient of bands.
-constexpr int64_t band_tokens = 256, band_block = 8;
+constexpr int64_t band_tokens = 512, band_block = 8;
 
 // The same for bands of a multiple of band_diagonals: tokens in the lanes, so that neighbouring diagonals share loads.
 template <typename In, typename T = typename SumOf<In>::type>
@@ -79,81 +79,88 @@ void band_gradient(const In* shorter, const In* longer, T* grad, const Units& un
   }
 }
 
+// Diagonals whose offsets lie in one part of [0, P), by remainder.
+struct Chunk {
+  struct Diagonal {
+    int64_t offset, slot;
+  };
+  int64_t low;
+  std::vector<Diagonal> diagonals;
+  std::vector<int> start;  // of their windows in the rows from `low` on
+  std::vector<Class> classes;
+};
+
+inline std::vector<Chunk> chunks_of(const Units& units, int64_t P, int64_t window, int64_t align) {
+  const int64_t count = (P + window - 1) / window;
+  std::vector<Chunk> chunks;
+  int64_t part = -1;
+  for (const Unit& u : units.list)
+    for (int64_t offset = u.offset; offset < u.offset + units.width; ++offset) {
+      if (offset * count / P != part) {
+        part = offset * count / P;
+        chunks.push_back({offset / align * align, {}, {}, {}});
+      }
+      chunks.back().diagonals.push_back({offset, u.slot + offset - u.offset});
+    }
+  for (Chunk& c : chunks) {
+    std::stable_sort(c.diagonals.begin(), c.diagonals.end(), [&](const auto& a, const auto& b) { return a.offset % align < b.offset % align; });
+    for (const auto& d : c.diagonals) {
+      if (const int remainder = d.offset % align; c.classes.empty() || c.classes.back().remainder != remainder) c.classes.push_back({remainder, 0});
+      c.start.push_back(static_cast<int>(d.offset / align * align - c.low));
+      ++c.classes.back().count;
+    }
+  }
+  return chunks;
+}
+
 // longer [B, P], shorter [B, L], grad [K, L].
 template <typename In, typename T = typename SumOf<In>::type>
 void gradient(const In* shorter, const In* longer, T* grad, const Units& units, int64_t B, int64_t P, int64_t L) {
   if (units.width % band_diagonals == 0) return band_gradient(shorter, longer, grad, units, B, P, L);
-  struct Diagonal {
-    int64_t offset, slot;
-  };
   const Kernels<In>& kernel = kernels<In>();
-  const int64_t tile = kernel.tile, group = kernel.rows, align = 32 / sizeof(T);
-  std::vector<Diagonal> diagonals;
-  diagonals.reserve(units.list.size() * units.width);
-  for (const Unit& u : units.list)
-    for (int64_t d = 0; d < units.width; ++d) diagonals.push_back({u.offset + d, u.slot + d});
-
-  // Chunks of nearly equal numbers of diagonals.
-  const int64_t K = static_cast<int64_t>(diagonals.size());
-  const int64_t chunks = std::min(K, (group * P * int64_t(sizeof(T)) + window_bytes - 1) / window_bytes);
-  const auto chunk_begin = [&](int64_t c) { return K * c / chunks; };
-  std::vector<int64_t> chunk_low(chunks), chunk_high(chunks);  // offsets
-  for (int64_t c = 0; c < chunks; ++c) {
-    const auto begin = diagonals.begin() + chunk_begin(c), end = diagonals.begin() + chunk_begin(c + 1);
-    chunk_low[c] = begin->offset / align * align;
-    chunk_high[c] = (end - 1)->offset;
-    std::sort(begin, end, [&](const Diagonal& a, const Diagonal& b) {
-      return a.offset % align != b.offset % align ? a.offset % align < b.offset % align : a.offset < b.offset;
-    });
-  }
-  std::vector<int> start(K);
-  for (int64_t c = 0; c < chunks; ++c)
-    for (int64_t k = chunk_begin(c); k < chunk_begin(c + 1); ++k)
-      start[k] = static_cast<int>(diagonals[k].offset / align * align - chunk_low[c]);
+  const int64_t tile = kernel.tile, rows = kernel.rows, align = 32 / sizeof(T), ld = gradient_stride / sizeof(T);
+  const int64_t window = window_bytes / (rows * int64_t(sizeof(T)));
+  const std::vector<Chunk> chunks = chunks_of(units, P, window, align);
 
   // Tile t of a diagonal covers l = t * tile - remainder ...; every (chunk, tile) is computed by itself, in one order of
   // tokens, so that the result does not depend on who computes it.
   const int64_t tiles = (L + align - 1 + tile - 1) / tile;
-  torch::stable::parallel_for(0, chunks * tiles, 1, [&](int64_t begin, int64_t stop) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()) * tiles, 1, [&](int64_t begin, int64_t stop) {
+    T *const shorts = scratch<T, sums_id>(rows * ld), *const longs = scratch<T, rows_id>(rows * ld);
     while (begin < stop) {
-      const int64_t c = begin / tiles, k0 = chunk_begin(c), k1 = chunk_begin(c + 1), t0 = begin % tiles;
-      const int64_t most = std::max<int64_t>(1, gradient_bytes / ((k1 - k0) * tile * int64_t(sizeof(T))));
+      const Chunk& chunk = chunks[begin / tiles];
+      const int64_t K = static_cast<int64_t>(chunk.diagonals.size()), t0 = begin % tiles;
+      const int64_t most = std::clamp<int64_t>(gradient_bytes / (K * tile * int64_t(sizeof(T))), 1, (ld - window - 2 * align) / tile);
       const int64_t t1 = std::min({tiles, t0 + most, t0 + stop - begin});
       begin += t1 - t0;
 
-      const int64_t many = (t1 - t0) * tile, ld_short = align + many, ld_long = (many + chunk_high[c] - chunk_low[c] + align) / align * align;
-      T *const shorts = scratch<T, sums_id>(group * ld_short), *const longs = scratch<T, rows_id>(group * ld_long);
-      T* const sums = scratch<T, packed_id>(many * (k1 - k0));
-      std::fill_n(sums, many * (k1 - k0), T(0));
-      for (int64_t b = 0; b < B; b += group) {
-        for (int64_t r = 0; r < group; ++r) {
-          const int64_t l = t0 * tile;
+      const int64_t many = (t1 - t0) * tile, span = many + window + align, l0 = t0 * tile;
+      T* const sums = scratch<T, packed_id>(many * K);
+      std::fill_n(sums, many * K, T(0));
+      for (int64_t b = 0; b < B; b += rows) {
+        for (int64_t r = 0; r < rows; ++r)
           if (b + r < B) {
             // The short row is zero outside [0, L): a period that the tile cannot leave.
-            copy_periodic(shorter + (b + r) * L, L, 2 * (L + tile + align), l - align, ld_short, shorts + r * ld_short);
-            copy_periodic(longer + (b + r) * P, P, P, l + chunk_low[c], ld_long, longs + r * ld_long);
+            copy_periodic(shorter + (b + r) * L, L, 2 * (L + tile + align), l0 - align, align + many, shorts + r * ld);
+            copy_periodic(longer + (b + r) * P, P, P, l0 + chunk.low, span, longs + r * ld);
           } else {
-            std::fill_n(shorts + r * ld_short, ld_short, T(0));
-            std::fill_n(longs + r * ld_long, ld_long, T(0));
+            std::fill_n(shorts + r * ld, align + many, T(0));
+            std::fill_n(longs + r * ld, span, T(0));
           }
-        }
         for (int64_t t = 0; t < t1 - t0; ++t) {
           // The next rows come from memory meanwhile.
-          const int64_t next = b + group, next_many = std::clamp<int64_t>(B - next, 0, group), at = (t0 * tile + chunk_low[c]) % P;
-          prefetch(shorter + next * L, L, 0, next_many, (t0 + t) * tile, (t0 + t + 1) * tile);
-          prefetch(longer + next * P, P, 0, next_many, at + ld_long * t / (t1 - t0), at + ld_long * (t + 1) / (t1 - t0));
-          for (int64_t k = k0, k_end; k < k1; k = k_end) {
-            const int64_t remainder = diagonals[k].offset % align;
-            for (k_end = k + 1; k_end < k1 && diagonals[k_end].offset % align == remainder;) ++k_end;
-            kernel.accumulate(shorts + align + t * tile - remainder, ld_short, longs + t * tile, ld_long, start.data() + k,
-                              sums + (t * (k1 - k0) + k - k0) * tile, k_end - k);
-          }
+          const int64_t next = b + rows, next_many = std::clamp<int64_t>(B - next, 0, rows), at = (l0 + chunk.low) % P;
+          prefetch(shorter + next * L, L, 0, next_many, l0 + t * tile, l0 + (t + 1) * tile);
+          prefetch(longer + next * P, P, 0, next_many, at + span * t / (t1 - t0), at + span * (t + 1) / (t1 - t0));
+          kernel.accumulate(shorts + align + t * tile, longs + t * tile, chunk.classes.data(), static_cast<long>(chunk.classes.size()), chunk.start.data(),
+                            sums + t * K * tile);
         }
       }
-      for (int64_t k = k0; k < k1; ++k)
+      for (int64_t k = 0; k < K; ++k)
         for (int64_t t = t0; t < t1; ++t) {
-          const int64_t l = t * tile - diagonals[k].offset % align, from = std::max<int64_t>(l, 0), to = std::min(l + tile, L);
-          if (from < to) std::copy_n(sums + ((t - t0) * (k1 - k0) + k - k0) * tile + from - l, to - from, grad + diagonals[k].slot * L + from);
+          const auto& d = chunk.diagonals[k];
+          const int64_t l = t * tile - d.offset % align, from = std::max<int64_t>(l, 0), to = std::min(l + tile, L);
+          if (from < to) std::copy_n(sums + ((t - t0) * K + k) * tile + from - l, to - from, grad + d.slot * L + from);
         }
     }
   });

@@ -64,27 +64,25 @@ static void transpose_in(const In* in, long ld, long count, long features, T* to
     }
 }
 
-// out[0..count)[f] = sums[f][0..count) + bias[f].
+// out[0..count)[f] = sums[f][0..count) + bias[f]; sums and bias are readable up to a whole vector of features.
 template <typename In, typename T = typename SumOf<In>::type>
 static void transpose_out(const T* sums, long count, long features, const T* bias, In* out, long ld) {
-  constexpr int n = lanes<T>;
+  constexpr int n = lanes<T>, few = group<T>;
   for (long f = 0; f < features; f += n) {
     const V<T> add = load(bias + f);
-    for (long b = 0; b < count; b += n) {
-      V<T> v[n];
-#pragma GCC unroll 16
-      for (int c = 0; c < n; ++c) v[c] = load(sums + (f + c) * tokens<T> + b);
-      transpose<T>(v);
-      if (b + n <= count && f + n <= features) {
-        In* row = out + b * ld + f;
-#pragma GCC unroll 16
-        for (int r = 0; r < n; ++r, step(row, ld)) store(row, v[r] + add);
+    for (long b = 0; b < count; b += few) {
+      V<T> v[few];
+      columns_of(sums + f * tokens<T> + b, tokens<T>, v);
+      In* row = out + b * ld + f;
+      if (b + few <= count && f + n <= features) {
+#pragma GCC unroll 4
+        for (int r = 0; r < few; ++r) store(row + r * ld, v[r] + add);
         continue;
       }
-      for (int r = 0; r < n && b + r < count; ++r) {
-        In row[n];
-        store(row, v[r] + add);
-        for (long c = 0; c < n && f + c < features; ++c) out[(b + r) * ld + f + c] = row[c];
+      for (int r = 0; r < few && b + r < count; ++r) {
+        In some[n];
+        store(some, v[r] + add);
+        for (long c = 0; c < n && f + c < features; ++c) row[r * ld + c] = some[c];
       }
     }
   }
@@ -213,26 +211,28 @@ static void few(const T* x, long ld, long count, const In* values, long length, 
   if constexpr (R > 1) few<In, R / 2>(x, ld, count, values, length, period, u, along_input, output, many, bias, out, ld_out);
 }
 
-// grad[e][0..tile) += sum over rows r of shorter[r][0..tile) * longer[r][start[e] ... + tile).
+// grad[e][0..tile) += sum over rows r of shorter[r][-remainder ... + tile) * longer[r][start[e] ... + tile), class by class.
 template <typename T>
-static void accumulate(const T* shorter, long ld_short, const T* longer, long ld_long, const int* start, T* grad, long entries) {
-  constexpr int n = lanes<T>;
-  V<T> s[rows][columns];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 3
-    for (int c = 0; c < columns; ++c) s[r][c] = load(shorter + r * ld_short + c * n);
-  for (long e = 0; e < entries; ++e, grad += tile_width<T>) {
-    const T* u = longer + start[e];
-    V<T> sum[columns];
-#pragma GCC unroll 3
-    for (int c = 0; c < columns; ++c) sum[c] = load(grad + c * n);
+static void accumulate(const T* shorter, const T* longer, const Class* classes, long count, const int* start, T* grad) {
+  constexpr int n = lanes<T>, ld = gradient_stride / sizeof(T);
+  for (long k = 0; k < count; ++k) {
+    V<T> s[rows][columns];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 3
-      for (int c = 0; c < columns; ++c) sum[c] += s[r][c] * load(u + r * ld_long + c * n);
+      for (int c = 0; c < columns; ++c) s[r][c] = load(shorter - classes[k].remainder + r * ld + c * n);
+    for (const int* const end = start + classes[k].count; start < end; ++start, grad += tile_width<T>) {
+      const T* u = longer + *start;
+      V<T> sum[columns];
 #pragma GCC unroll 3
-    for (int c = 0; c < columns; ++c) store(grad + c * n, sum[c]);
+      for (int c = 0; c < columns; ++c) sum[c] = load(grad + c * n);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 3
+        for (int c = 0; c < columns; ++c) sum[c] += s[r][c] * load(u + r * ld + c * n);
+#pragma GCC unroll 3
+      for (int c = 0; c < columns; ++c) store(grad + c * n, sum[c]);
+    }
   }
 }
 
@@ -242,7 +242,7 @@ static inline void add_lanes(V<T> (&v)[lanes<T>]) {
   if constexpr (S < lanes<T>) {
 #pragma GCC unroll 16
     for (int r = 0; r < lanes<T>; r += 2 * S) {
-      exchange<S>(v[r], v[r + S], typename Count<lanes<T>>::type{});
+      exchange<S>(v[r], v[r + S], typename Numbers<lanes<T>>::type{});
       v[r] += v[r + S];
     }
     add_lanes<T, 2 * S>(v);

@@ -22,8 +22,9 @@
 namespace dst_ops {
 namespace {
 
-// Input rows that a chunk of sections spans, and outputs that share them: both stay in the first-level cache.
-constexpr int64_t chunk_sections = 8, block_outputs = 112;
+// Outputs that share the input rows which a chunk of sections spans. Rows stay in the first-level cache during a chunk if
+// there are many; if few, it costs less to take them from the second than to store and load sums between chunks.
+constexpr int64_t block_outputs = 112, chunk_sections = 12, one_chunk_bytes = 128 * 1024;
 
 // Most weights packed at a time: 8 MiB in fp32.
 constexpr int64_t segment_weights = 1 << 21;
@@ -42,6 +43,7 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
   }
   const int64_t reach = outputs + width - 1, sections = (P + outputs + section_rows - 1) / section_rows;
   const int vectors = kernel.tokens * int(sizeof(T)) / kernel.vector_bytes;
+  const int64_t chunk = P * tokens * int64_t(sizeof(T)) <= one_chunk_bytes ? sections : chunk_sections;
   const auto program = program_for<T>(start, width, P + outputs, kernel.outputs, vectors, kernel.vector_bytes);
 
   // Units that meet rows of sections begin ... end - 1.
@@ -97,30 +99,34 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
           for (int64_t r = -before; r < 0; ++r) std::copy_n(x + (r % P + P) % P * tokens, tokens, x + r * tokens);
           for (int64_t r = P; r < P + after; ++r) std::copy_n(x + (r - P) * tokens, tokens, x + r * tokens);
         }
-        std::fill_n(sums, block_outputs * tokens, T(0));
 
-        // What is transposed next (these outputs, a part of the next tokens' inputs) comes from memory meanwhile.
-        const int64_t calls = (sections + chunk_sections - 1) / chunk_sections * (t1 - t0);
+        // A part of the next tokens' inputs comes from memory meanwhile.
+        const int64_t calls = (sections + chunk - 1) / chunk * (t1 - t0);
         const int64_t next = b + tokens, next_many = std::clamp<int64_t>(B - next, 0, tokens);
         int64_t call = 0;
-        for (int64_t c = 0; c < sections; c += chunk_sections)
+        uint64_t begun = 0;  // tiles
+        for (int64_t c = 0; c < sections; c += chunk)
           for (int64_t t = t0; t < t1; ++t, ++call) {
-            prefetch(out + b * O, O, many * call / calls, many * (call + 1) / calls, i, i_end);
             prefetch(in + next * I, I, next_many * call / calls, next_many * (call + 1) / calls, I * block / blocks, I * (block + 1) / blocks);
             for (const Part* part = &parts[2 * t]; part != &parts[2 * t] + 2; ++part) {
-              const int64_t s0 = std::max(c, part->begin), s1 = std::min(c + chunk_sections, part->end);
+              const int64_t s0 = std::max(c, part->begin), s1 = std::min(c + chunk, part->end);
               if (s0 >= s1) continue;
               const T *const rows = x + part->row * tokens, *const weight = weights + part->weights;
               T* const to = sums + (t - t0) * outputs * tokens;
+              const bool continues = begun >> (t - t0) & 1;
+              begun |= uint64_t(1) << (t - t0);
               if (program->ready()) {
-                program->run(rows, weight - part->first * unit, to, s0, s1);
+                program->run(rows, weight - part->first * unit, to, s0, s1, continues);
               } else {
+                if (!continues) std::fill_n(to, outputs * tokens, T(0));
                 const auto [first, last] = meeting(s0, s1);
                 const Diagonals diagonals{start.data() + first, slot.data() + first, last - first, width};
                 kernel.multiply(rows, diagonals, weight + (first - part->first) * unit, to, s0 * section_rows, s1 * section_rows);
               }
             }
           }
+        for (int64_t t = t0; t < t1; ++t)
+          if (!(begun >> (t - t0) & 1)) std::fill_n(sums + (t - t0) * outputs * tokens, outputs * tokens, T(0));
         kernel.transpose_out(sums, many, i_end - i, add.data() + i, out + b * O + i, O);
       }
     });

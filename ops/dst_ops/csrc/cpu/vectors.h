@@ -1,4 +1,4 @@
-// Vectors of one instruction set, conversions and the transposition of a square of them.
+// Vectors of one instruction set, conversions and transposition.
 #pragma once
 
 #include "../diagonal.h"
@@ -57,9 +57,9 @@ static inline void store(Fp16* p, V<float> v) {
 template <int... I>
 struct Sequence {};
 template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
+struct Numbers : Numbers<N - 1, N - 1, I...> {};
 template <int... I>
-struct Count<0, I...> {
+struct Numbers<0, I...> {
   typedef Sequence<I...> type;
 };
 
@@ -77,7 +77,7 @@ static inline void transpose_bits(V<T> (&v)[lanes<T>]) {
   if constexpr (S < lanes<T>) {
 #pragma GCC unroll 16
     for (int r = 0; r < lanes<T>; ++r)
-      if (!(r & S)) exchange<S>(v[r], v[r + S], typename Count<lanes<T>>::type{});
+      if (!(r & S)) exchange<S>(v[r], v[r + S], typename Numbers<lanes<T>>::type{});
     transpose_bits<2 * S, T>(v);
   }
 }
@@ -86,6 +86,58 @@ static inline void transpose_bits(V<T> (&v)[lanes<T>]) {
 template <typename T>
 static inline void transpose(V<T> (&v)[lanes<T>]) {
   transpose_bits<1, T>(v);
+}
+
+// Elements of T in 16 bytes.
+template <typename T>
+constexpr int group = 16 / sizeof(T);
+
+template <typename T, int Count>
+struct Piece {
+  typedef T type __attribute__((vector_size(Count * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <typename W, typename H, int... I>
+static inline W joined(H low, H high, Sequence<I...>) {
+  return __builtin_shufflevector(low, high, I...);
+}
+
+// Count elements: group<T> from each of Count / group<T> rows of p.
+template <int Count, typename T>
+static inline auto pieces(const T* p, long ld) {
+  typedef typename Piece<T, Count>::type W;
+  if constexpr (Count == group<T>) {
+    return *reinterpret_cast<const W*>(p);
+  } else {
+    return joined<W>(pieces<Count / 2>(p, ld), pieces<Count / 2>(p + Count / 2 / group<T> * ld, ld), typename Numbers<Count>::type{});
+  }
+}
+
+// Of each 16 bytes the low or high halves of a and b, in turn by S elements.
+template <int S, int High, typename VT, int... I>
+static inline VT interleaved(VT a, VT b, Sequence<I...>) {
+  constexpr int n = sizeof...(I), g = 16 * n / DST_OPS_VECTOR;
+  return __builtin_shufflevector(a, b, (I / g * g + High * g / 2 + I % g / S / 2 * S + I % S + (I / S & 1) * n)...);
+}
+
+// v[c] lane r = p[r ld + c] for group<T> columns c: a part of a transposition. Loads that insert 16 bytes cost less than the
+// shuffles that they replace, where rows lie together in the first-level cache.
+template <typename T>
+static inline void columns_of(const T* p, long ld, V<T> (&v)[group<T>]) {
+  typedef typename Numbers<lanes<T>>::type All;
+  V<T> row[group<T>];
+#pragma GCC unroll 4
+  for (int r = 0; r < group<T>; ++r, p += ld) {
+    asm("" : "+r"(p));  // or the compiler keeps the addresses of all rows, which do not fit into registers
+    row[r] = pieces<lanes<T>>(p, group<T> * ld);
+  }
+  if constexpr (group<T> == 2) {
+    v[0] = interleaved<1, 0>(row[0], row[1], All{}), v[1] = interleaved<1, 1>(row[0], row[1], All{});
+  } else {
+    const V<T> a = interleaved<1, 0>(row[0], row[1], All{}), b = interleaved<1, 0>(row[2], row[3], All{});
+    const V<T> c = interleaved<1, 1>(row[0], row[1], All{}), d = interleaved<1, 1>(row[2], row[3], All{});
+    v[0] = interleaved<2, 0>(a, b, All{}), v[1] = interleaved<2, 1>(a, b, All{});
+    v[2] = interleaved<2, 0>(c, d, All{}), v[3] = interleaved<2, 1>(c, d, All{});
+  }
 }
 
 }  // namespace dst_ops::DST_OPS_ISA
