@@ -88,22 +88,70 @@ def test_non_contiguous_inputs() -> None:
     assert all(torch.equal(whole[k], strided[k]) for k in whole)
 
 
-@settings(max_examples=60, deadline=None)
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers in other strides: what slices, transpositions and odd addresses give."""
+    if layout == "contiguous":
+        return tensor
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    rows, columns = tensor.shape
+    if layout == "shifted":  # an address that no vector width divides
+        flat = torch.cat([tensor.new_zeros(1), tensor.flatten()])
+        return flat[1:].view(rows, columns)
+    wide = tensor.new_full((rows, 2 * columns + 1), torch.nan)
+    wide[:, 1::2] = tensor
+    return wide[:, 1::2]
+
+
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "shifted", "strided"])
+
+
+@settings(max_examples=100, deadline=None)
 @given(
-    m=st.integers(1, 70),
-    n=st.integers(1, 70),
-    band=st.sampled_from([1, 1, 2, 3, 8, 16]),
+    m=st.integers(1, 150),
+    n=st.integers(1, 150),
+    band=st.sampled_from([1, 1, 2, 3, 4, 8, 16, 32]),
     share=st.floats(0, 1),
-    rows=st.integers(0, 20),
+    rows=st.one_of(st.integers(0, 20), st.integers(30, 100)),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape(m: int, n: int, band: int, share: float, rows: int, seed: int) -> None:
+def test_any_shape(
+    m: int, n: int, band: int, share: float, rows: int, dtype: torch.dtype, layouts: tuple[str, str, str], seed: int
+) -> None:
     if m >= n:
         m = -(-m // band) * band
     else:
         n = -(-n // band) * band
     units = max(m, n) // band
-    _assert_as_good_as_dense(case(m, n, max(1, round(share * units)), band, torch.float32, (rows,), seed))
+    c = case(m, n, max(1, round(share * min(units, 400 // band))), band, dtype, (rows,), seed)
+    for name, layout in zip(("x", "dy", "values"), layouts, strict=True):
+        c[name] = _laid_out(c[name], layout)
+    _assert_as_good_as_dense(c)
+
+
+# Products and gradients that take several chunks of rows, blocks of outputs, or segments of packed weights.
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [((1300, 50, 40, 1), 70), ((50, 1300, 40, 1), 70), ((1408, 1400, 3, 32), 33), ((130, 120, 130, 1), 600)],
+)
+def test_more_than_one_block(shape: tuple[int, int, int, int], rows: int) -> None:
+    _assert_as_good_as_dense(case(*shape, torch.float32, (rows,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(100, 300, 20, 1), (300, 100, 20, 1), (96, 96, 2, 16)], ids=str)
+def test_bits_of_a_token_do_not_depend_on_how_many_there_are(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    c = case(*shape, dtype, (101,))
+
+    def first(rows: int) -> Tensor:
+        return dst_ops.diagonal_linear(c["x"][:rows], c["values"], c["offsets"], c["bias"], **c["sizes"])
+
+    for rows in (1, 5, 32, 33, 64):
+        assert torch.equal(first(rows), first(101)[:rows])
 
 
 @pytest.mark.parametrize("shape", [(7, 5, 3, 1), (5, 7, 3, 1), (6, 6, 1, 2)], ids=str)

@@ -33,7 +33,7 @@ void few_product(const In* in, const In* values, const In* bias, In* out, const 
     slot[k] = u.slot + d;
   }
   // Row r: input (r mod P) of a token, or zero.
-  const int64_t ld = 2 * P + tile;
+  const int64_t ld = P + tile;
   T* const x = scratch<T, rows_id>(B * ld);
   std::vector<T> add(O + tile, T(0));
   if (bias != nullptr) kernel.convert(bias, O, add.data());

@@ -64,19 +64,21 @@ static void transpose_in(const In* in, long ld, long count, long features, T* to
     }
 }
 
-// out[0..count)[f] = sums[f][0..count) + bias[f]; sums and bias are readable up to a whole vector of features.
+// out[0..count)[f] = sums[f][0..count) + bias[f]; sums and bias are readable up to a whole vector of features. Rows that
+// are aligned go past the caches: writing a line there would first read what it held, and then keep it in place of inputs.
 template <typename In, typename T = typename SumOf<In>::type>
 static void transpose_out(const T* sums, long count, long features, const T* bias, In* out, long ld) {
   constexpr int n = lanes<T>, few = group<T>;
-  for (long f = 0; f < features; f += n) {
-    const V<T> add = load(bias + f);
-    for (long b = 0; b < count; b += few) {
+  const bool past = (reinterpret_cast<unsigned long>(out) | ld * sizeof(In)) % sizeof(V<T>) == 0;
+  for (long b = 0; b < count; b += few)
+    for (long f = 0; f < features; f += n) {
+      const V<T> add = load(bias + f);
       V<T> v[few];
       columns_of(sums + f * tokens<T> + b, tokens<T>, v);
       In* row = out + b * ld + f;
       if (b + few <= count && f + n <= features) {
 #pragma GCC unroll 4
-        for (int r = 0; r < few; ++r) store(row + r * ld, v[r] + add);
+        for (int r = 0; r < few; ++r, row += ld) past ? store_past(row, v[r] + add) : store(row, v[r] + add);
         continue;
       }
       for (int r = 0; r < few && b + r < count; ++r) {
@@ -85,7 +87,7 @@ static void transpose_out(const T* sums, long count, long features, const T* bia
         for (long c = 0; c < n && f + c < features; ++c) row[r * ld + c] = some[c];
       }
     }
-  }
+  if (past) store_fence();
 }
 
 // some[0..count) = v[(from + i) mod period], zeros where that is not below length; from lies in (-period, 2 period).
@@ -158,8 +160,8 @@ static void multiply(const T* x, const Diagonals& u, const T* weight, T* sums, l
   for (; k < count && start(k) < to; ++k) part(k);
 }
 
-// out[r][0..many) of R tokens = outputs from `output` on, at most a tile: features in the lanes. x: rows of length
-// `period` given twice.
+// out[r][0..many) of R tokens = outputs from `output` on, at most a tile: features in the lanes. x: rows of
+// length `period`, followed by their first tile.
 template <int R, typename In, typename T = typename SumOf<In>::type>
 static void few_rows(const T* x, long ld, const In* values, long length, long period, const Diagonals& u, bool along_input, long output, long many,
                      const T* bias, In* out, long ld_out) {

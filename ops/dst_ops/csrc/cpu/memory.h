@@ -6,10 +6,14 @@
 #include <memory>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace dst_ops {
 namespace {
 
-enum { packed_id, rows_id, sums_id, values_id };
+enum { packed_id, rows_id, sums_id };
 
 // One block for each ID, aligned to a cache line, content undefined: pages fresh from the system would cost more than
 // what is written to them.
@@ -26,6 +30,11 @@ T* scratch(int64_t count) {
     block.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
     capacity = count;
   }
+#if defined(__SANITIZE_ADDRESS__)
+  // What an earlier, larger call left behind is out of bounds too.
+  ASAN_UNPOISON_MEMORY_REGION(block.get(), capacity * sizeof(T));
+  ASAN_POISON_MEMORY_REGION(block.get() + count, (capacity - count) * sizeof(T));
+#endif
   return block.get();
 }
 

@@ -22,9 +22,9 @@
 namespace dst_ops {
 namespace {
 
-// Outputs that share the input rows which a chunk of sections spans. Rows stay in the first-level cache during a chunk if
-// there are many; if few, it costs less to take them from the second than to store and load sums between chunks.
-constexpr int64_t block_outputs = 112, chunk_sections = 12, one_chunk_bytes = 128 * 1024;
+// Outputs that share the input rows which a chunk of sections spans. If units meet many rows, those of a chunk stay in the
+// first-level cache; if few, it costs less to take them from the second than to store and load sums between chunks.
+constexpr int64_t block_outputs = 112, chunk_bytes = 48 * 1024, one_chunk_bytes = 128 * 1024;
 
 // Most weights packed at a time: 8 MiB in fp32.
 constexpr int64_t segment_weights = 1 << 21;
@@ -43,7 +43,8 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
   }
   const int64_t reach = outputs + width - 1, sections = (P + outputs + section_rows - 1) / section_rows;
   const int vectors = kernel.tokens * int(sizeof(T)) / kernel.vector_bytes;
-  const int64_t chunk = P * tokens * int64_t(sizeof(T)) <= one_chunk_bytes ? sections : chunk_sections;
+  const int64_t met_bytes = std::min(P, count * reach) * tokens * int64_t(sizeof(T));
+  const int64_t chunk = met_bytes <= one_chunk_bytes ? sections : std::max<int64_t>(1, sections * chunk_bytes / met_bytes);
   const auto program = program_for<T>(start, width, P + outputs, kernel.outputs, vectors, kernel.vector_bytes);
 
   // Units that meet rows of sections begin ... end - 1.
@@ -67,8 +68,8 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
   std::vector<T> add(O + block_outputs, T(0));
   if (bias != nullptr) kernel.convert(bias, O, add.data());
 
-  // The weights of a segment of blocks are packed at a time, so that they never take more memory than twice x or y.
-  const int64_t block_tiles = block_outputs / outputs, most = std::min(2 * B * P, segment_weights);
+  // The weights of a segment of blocks are packed at a time, so that they take no more memory than x or y.
+  const int64_t block_tiles = block_outputs / outputs, most = std::min(B * P, segment_weights);
   for (int64_t begin_tile = 0, end_tile; begin_tile < tiles; begin_tile = end_tile) {
     int64_t packed = 0;
     for (end_tile = begin_tile; end_tile < tiles; ++end_tile) {

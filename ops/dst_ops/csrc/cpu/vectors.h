@@ -1,6 +1,10 @@
 // Vectors of one instruction set, conversions and transposition.
 #pragma once
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "../diagonal.h"
 
 namespace dst_ops::DST_OPS_ISA {
@@ -32,10 +36,10 @@ static inline void store(double* p, V<double> v) { *reinterpret_cast<V<double>*>
 static inline V<float> load(const Bf16* p) {
   return floats(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
 }
-static inline void store(Bf16* p, V<float> v) {
+static inline Halves narrow(Bf16*, V<float> v) {
   const Bits b = bits(v), even = b + 0x7fff + (b >> 16 & 1);  // round to nearest, ties to even
   const Bits quiet = b | 0x400000;                             // NaN: rounding could carry it into the sign
-  *reinterpret_cast<Halves*>(p) = __builtin_convertvector(choose(Bits(v != v), quiet, even) >> 16, Halves);
+  return __builtin_convertvector(choose(Bits(v != v), quiet, even) >> 16, Halves);
 }
 
 static inline V<float> load(const Fp16* p) {
@@ -44,14 +48,37 @@ static inline V<float> load(const Fp16* p) {
   b = choose(Bits(shifted >= 0x0f800000u), shifted | 0x7f800000u, b);  // infinity and NaN
   return floats(b | (h & 0x8000) << 16);
 }
-static inline void store(Fp16* p, V<float> v) {
+static inline Halves narrow(Fp16*, V<float> v) {
   const Bits b = bits(v), sign = b & 0x80000000u, a = b ^ sign;
   const Bits normal = (a - 0x38000000u + 0xfff + (a >> 13 & 1)) >> 13;  // carries into infinity where it must
   const Bits small = bits(floats(a) + 0.5f) - 0x3f000000u;              // the adder rounds to a multiple of 2^-24
   const Bits special = choose(Bits(a > 0x7f800000u), Bits{} + 0x7e00, Bits{} + 0x7c00);
   Bits h = choose(Bits(a < 0x38800000u), small, normal);
   h = choose(Bits(a >= 0x47800000u), special, h);
-  *reinterpret_cast<Halves*>(p) = __builtin_convertvector(h | sign >> 16, Halves);
+  return __builtin_convertvector(h | sign >> 16, Halves);
+}
+template <typename Half>
+static inline void store(Half* p, V<float> v) {
+  *reinterpret_cast<Halves*>(p) = narrow(p, v);
+}
+
+// store() to an aligned address past the caches, where the instruction set can; not visible to others before the fence.
+template <typename T>
+static inline void store_past(T* p, V<typename SumOf<T>::type> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrow(p, v)));
+  else _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 2) _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrow(p, v)));
+  else _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#else
+  store(p, v);
+#endif
+}
+static inline void store_fence() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
 }
 
 template <int... I>
