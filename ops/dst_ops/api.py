@@ -131,6 +131,7 @@ def diagonal_scores(
             if reduce is not None:
                 block = reduce(block, first)
             _add_diagonal_sums(sums, block, first, skewed, out_features, in_features)
+            del block  # before the next one is there
     return sums.view(-1, band).sum(1) / (band * min(out_features, in_features))
 
 

@@ -49,9 +49,6 @@ struct Class {
   int remainder, count;
 };
 
-// Neighbouring diagonals whose gradients are taken together.
-constexpr int band_diagonals = 4;
-
 // One instruction set's inner loops for tensors of In; see cpu/kernels.h for what they compute.
 template <typename In>
 struct Kernels {
@@ -59,7 +56,7 @@ struct Kernels {
   int vector_bytes;
   int tokens, outputs;  // a tile with tokens in the lanes
   int tile, rows;       // a tile with features in the lanes
-  int band_rows;        // entries of band_diagonals diagonals whose gradients are taken together
+  int band_tile;        // features of a tile for the gradients of bands
   void (*convert)(const In* in, long count, T* to);
   void (*transpose_in)(const In* in, long ld, long count, long features, T* to);
   void (*transpose_out)(const T* sums, long count, long features, const T* bias, In* out, long ld);
@@ -68,7 +65,7 @@ struct Kernels {
   void (*few)(const T* x, long ld, long count, const In* values, long length, long period, const Diagonals& d, bool along_input, long output, long many,
               const T* bias, In* out, long ld_out);
   void (*accumulate)(const T* shorter, const T* longer, const Class* classes, long count, const int* start, T* grad);
-  void (*accumulate_band)(const T* shorter, long stride_short, const T* longer, long stride_long, long tiles, T* sums);
+  void (*accumulate_band)(const T* shorter, const T* longer, long rows, long width, T* grad);
 };
 
 namespace portable {

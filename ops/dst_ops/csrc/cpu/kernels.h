@@ -17,8 +17,9 @@ constexpr int rows = DST_OPS_ROWS, columns = 3;
 template <typename T>
 constexpr int tile_width = columns* lanes<T>;
 
-// Sums of a block of a band's gradients, with tokens in the lanes, and the vectors they come from fill the registers.
-constexpr int band_rows = DST_OPS_BAND_ROWS;
+// A tile of features for the gradients of bands.
+template <typename T>
+constexpr int band_tile = 4 * lanes<T>;
 
 template <typename In, typename T = typename SumOf<In>::type>
 static void convert(const In* in, long count, T* to) {
@@ -238,50 +239,55 @@ static void accumulate(const T* shorter, const T* longer, const Class* classes, 
   }
 }
 
-// v[0] lane i = the sum of v[i]'s lanes.
-template <typename T, int S = 1>
-static inline void add_lanes(V<T> (&v)[lanes<T>]) {
-  if constexpr (S < lanes<T>) {
-#pragma GCC unroll 16
-    for (int r = 0; r < lanes<T>; r += 2 * S) {
-      exchange<S>(v[r], v[r + S], typename Numbers<lanes<T>>::type{});
-      v[r] += v[r + S];
-    }
-    add_lanes<T, 2 * S>(v);
-  }
+// u[D + d] = longer[D + d ... + lanes), d = 0 ... Count - 1: by loads and, where one instruction does it, by shifting
+// neighbouring vectors in turn, since loads of addresses that are not aligned take twice the time of a multiply-add.
+template <int D, int Count, typename T>
+static inline void windows(const T* longer, V<T> low, V<T> high, V<T>* u) {
+  u[D] = load(longer + D);
+#if defined(__AVX512F__)
+  typedef long long Integers __attribute__((vector_size(64)));
+  const auto integers = [](V<T> v) { return reinterpret_cast<__m512i>(reinterpret_cast<Integers>(v)); };
+  if constexpr (D % 2 == 1 && sizeof(T) == 4) u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi32(integers(high), integers(low), D));
+  if constexpr (D % 2 == 1 && sizeof(T) == 8) u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi64(integers(high), integers(low), D));
+#endif
+  if constexpr (D + 1 < Count) windows<D + 1, Count>(longer, low, high, u);
 }
 
-// sums[r][d] = shorter[r] . longer[r + d] over the tokens of some tiles, for band_rows rows r and band_diagonals
-// diagonals d: a row that is loaded serves several of them.
+// grad[d][0..lanes) += sum over rows r of shorter[r][0..lanes) * longer[r][d ... + lanes) for D diagonals d.
+template <int D, typename T>
+static inline void accumulate_diagonals(const T* shorter, const T* longer, long rows, T* grad) {
+  constexpr int n = lanes<T>, ld = gradient_stride / sizeof(T);
+  V<T> sum[D];
+#pragma GCC unroll 16
+  for (int d = 0; d < D; ++d) sum[d] = load(grad + d * band_tile<T>);
+  for (long r = 0; r < rows; ++r, shorter += ld, longer += ld) {
+    const V<T> s = load(shorter);
+    V<T> u[D];
+    windows<0, D>(longer, load(longer), load(longer + n), u);
+#pragma GCC unroll 16
+    for (int d = 0; d < D; ++d) sum[d] += s * u[d];
+  }
+#pragma GCC unroll 16
+  for (int d = 0; d < D; ++d) store(grad + d * band_tile<T>, sum[d]);
+}
+
+// The same for 4, 8 or 16 diagonals and the band_tile features of a tile.
 template <typename T>
-static void accumulate_band(const T* shorter, long stride_short, const T* longer, long stride_long, long tiles, T* sums) {
-  constexpr int n = lanes<T>, D = band_diagonals, count = (band_rows * D + n - 1) / n;
-  V<T> sum[band_rows * D] = {};
-  for (long tile = 0; tile < tiles; ++tile, shorter += stride_short, longer += stride_long)
-    for (int v = 0; v < tokens<T>; v += n) {
-      V<T> s[band_rows];
-#pragma GCC unroll 8
-      for (int r = 0; r < band_rows; ++r) s[r] = load(shorter + r * tokens<T> + v);
-#pragma GCC unroll 16
-      for (int row = 0; row < band_rows + D - 1; ++row) {
-        const V<T> u = load(longer + row * tokens<T> + v);
-#pragma GCC unroll 8
-        for (int d = 0; d < D; ++d)
-          if (row - d >= 0 && row - d < band_rows) sum[(row - d) * D + d] += s[row - d] * u;
+static void accumulate_band(const T* shorter, const T* longer, long rows, long width, T* grad) {
+  constexpr int n = lanes<T>, most = DST_OPS_VECTOR == 64 ? n : 8;  // as many sums as fit into the registers
+  for (int l = 0; l < band_tile<T>; l += n) {
+    const T *const s = shorter + l, *const u = longer + l;
+    if (width == 4) accumulate_diagonals<4>(s, u, rows, grad + l);
+    else
+      for (int d = 0; d < width; d += width < most ? 8 : most) {
+        if (width < most) accumulate_diagonals<8>(s, u + d, rows, grad + d * band_tile<T> + l);
+        else accumulate_diagonals<most>(s, u + d, rows, grad + d * band_tile<T> + l);
       }
-    }
-#pragma GCC unroll 16
-  for (int g = 0; g < count; ++g) {
-    V<T> part[n] = {};
-#pragma GCC unroll 16
-    for (int i = 0; i < n && g * n + i < band_rows * D; ++i) part[i] = sum[g * n + i];
-    add_lanes<T>(part);
-    for (int i = 0; i < n && g * n + i < band_rows * D; ++i) sums[g * n + i] = part[0][i];
   }
 }
 
 template <typename In, typename T = typename SumOf<In>::type>
-constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, rows, band_rows, convert<In>, transpose_in<In>, transpose_out<In>, pack<In>, multiply<T>, few<In>, accumulate<T>, accumulate_band<T>};
+constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, rows, band_tile<T>, convert<In>, transpose_in<In>, transpose_out<In>, pack<In>, multiply<T>, few<In>, accumulate<T>, accumulate_band<T>};
 
 const Kernels<float> f32 = kernels<float>;
 const Kernels<double> f64 = kernels<double>;

@@ -3,5 +3,4 @@
 #define DST_OPS_ROWS 4
 #define DST_OPS_OUTPUTS 6
 #define DST_OPS_TOKEN_VECTORS 2
-#define DST_OPS_BAND_ROWS 3
 #include "kernels.h"

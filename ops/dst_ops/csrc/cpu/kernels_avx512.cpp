@@ -3,5 +3,4 @@
 #define DST_OPS_ROWS 8
 #define DST_OPS_OUTPUTS 14
 #define DST_OPS_TOKEN_VECTORS 2
-#define DST_OPS_BAND_ROWS 6
 #include "kernels.h"

@@ -3,5 +3,4 @@
 #define DST_OPS_ROWS 4
 #define DST_OPS_OUTPUTS 3
 #define DST_OPS_TOKEN_VECTORS 4
-#define DST_OPS_BAND_ROWS 2
 #include "kernels.h"

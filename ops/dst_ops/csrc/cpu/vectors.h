@@ -81,6 +81,10 @@ static inline void store_fence() {
 #endif
 }
 
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
 template <int... I>
 struct Sequence {};
 template <int N, int... I>
