@@ -37,7 +37,7 @@ COMMON_FLAGS = (
 )
 # One file per instruction set; the choice among them is made when the library runs.
 INSTRUCTION_SETS = ("", "portable", "avx2", "avx512")
-X86_FLAGS = {"kernels_avx2.cpp": ("-mavx2", "-mfma"), "kernels_avx512.cpp": ("-mavx512f", "-mfma")}
+X86_FLAGS = {"kernels_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"), "kernels_avx512.cpp": ("-mavx512f", "-mfma")}
 
 _lock = threading.Lock()
 _error: str | None = None

@@ -65,12 +65,13 @@ static void transpose_in(const In* in, long ld, long count, long features, T* to
     }
 }
 
-// out[0..count)[f] = sums[f][0..count) + bias[f]; sums and bias are readable up to a whole vector of features. Rows that
-// are aligned go past the caches: writing a line there would first read what it held, and then keep it in place of inputs.
+// out[0..count)[f] = sums[f][0..count) + bias[f]; sums and bias are readable up to a whole vector of features. Where a
+// vector is a whole line, it goes past the caches: writing it there would first read what the line held. (Parts of lines
+// are slower past the caches.)
 template <typename In, typename T = typename SumOf<In>::type>
 static void transpose_out(const T* sums, long count, long features, const T* bias, In* out, long ld) {
   constexpr int n = lanes<T>, few = group<T>;
-  const bool past = (reinterpret_cast<unsigned long>(out) | ld * sizeof(In)) % sizeof(V<T>) == 0;
+  const bool past = n * sizeof(In) == 64 && (reinterpret_cast<unsigned long>(out) | ld * sizeof(In)) % sizeof(V<T>) == 0;
   for (long b = 0; b < count; b += few)
     for (long f = 0; f < features; f += n) {
       const V<T> add = load(bias + f);

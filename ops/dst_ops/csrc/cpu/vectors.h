@@ -25,7 +25,6 @@ typedef unsigned short Halves __attribute__((vector_size(DST_OPS_VECTOR / 2), al
 
 static inline Floats floats(Bits b) { return reinterpret_cast<Floats>(b); }
 static inline Bits bits(Floats f) { return reinterpret_cast<Bits>(f); }
-static inline Bits choose(Bits mask, Bits yes, Bits no) { return (mask & yes) | (~mask & no); }
 
 // lanes<sum type> adjacent elements, converted to or from the type of the sums.
 static inline V<float> load(const float* p) { return *reinterpret_cast<const V<float>*>(p); }
@@ -39,24 +38,30 @@ static inline V<float> load(const Bf16* p) {
 static inline Halves narrow(Bf16*, V<float> v) {
   const Bits b = bits(v), even = b + 0x7fff + (b >> 16 & 1);  // round to nearest, ties to even
   const Bits quiet = b | 0x400000;                             // NaN: rounding could carry it into the sign
-  return __builtin_convertvector(choose(Bits(v != v), quiet, even) >> 16, Halves);
+  return __builtin_convertvector((v != v ? quiet : even) >> 16, Halves);
 }
 
+#if defined(__AVX512F__)
+static inline V<float> load(const Fp16* p) { return reinterpret_cast<V<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))); }
+static inline Halves narrow(Fp16*, V<float> v) { return reinterpret_cast<Halves>(_mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__F16C__)
+static inline V<float> load(const Fp16* p) { return reinterpret_cast<V<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+static inline Halves narrow(Fp16*, V<float> v) { return reinterpret_cast<Halves>(_mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT)); }
+#else
 static inline V<float> load(const Fp16* p) {
   const Bits h = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits), shifted = (h & 0x7fff) << 13;
-  Bits b = bits(floats(shifted) * 0x1p112f);  // from the exponent's bias 15 to 127; right for subnormal numbers too
-  b = choose(Bits(shifted >= 0x0f800000u), shifted | 0x7f800000u, b);  // infinity and NaN
-  return floats(b | (h & 0x8000) << 16);
+  const Bits finite = bits(floats(shifted) * 0x1p112f);  // from the exponent's bias 15 to 127; right for subnormal numbers too
+  return floats((shifted >= 0x0f800000u ? shifted | 0x7f800000u : finite) | (h & 0x8000) << 16);  // infinity and NaN
 }
 static inline Halves narrow(Fp16*, V<float> v) {
   const Bits b = bits(v), sign = b & 0x80000000u, a = b ^ sign;
   const Bits normal = (a - 0x38000000u + 0xfff + (a >> 13 & 1)) >> 13;  // carries into infinity where it must
   const Bits small = bits(floats(a) + 0.5f) - 0x3f000000u;              // the adder rounds to a multiple of 2^-24
-  const Bits special = choose(Bits(a > 0x7f800000u), Bits{} + 0x7e00, Bits{} + 0x7c00);
-  Bits h = choose(Bits(a < 0x38800000u), small, normal);
-  h = choose(Bits(a >= 0x47800000u), special, h);
+  const Bits special = a > 0x7f800000u ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
+  const Bits h = a >= 0x47800000u ? special : a < 0x38800000u ? small : normal;
   return __builtin_convertvector(h | sign >> 16, Halves);
 }
+#endif
 template <typename Half>
 static inline void store(Half* p, V<float> v) {
   *reinterpret_cast<Halves*>(p) = narrow(p, v);
