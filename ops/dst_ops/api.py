@@ -65,6 +65,7 @@ def diagonal_linear(
         _check(bias.device == x.device, "bias", "device", bias.device, "the device of x, {}", x.device)
     if device == "cpu" and not torch.compiler.is_compiling() and not build.load():
         _check_numbers(offsets, out_features, in_features, band)  # the compiled kernels check them themselves
+    x = x.contiguous()  # here, so that the gradient of values finds the copy that the forward pass made
     try:
         return torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
     except RuntimeError:

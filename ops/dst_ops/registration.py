@@ -73,6 +73,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, values, offsets = ctx.saved_tensors
     ops, need = torch.ops.dst_ops, ctx.needs_input_grad
+    dy = dy.contiguous()  # once, not in each of the two ops
     dx = ops.linear_transposed(dy, values, offsets, x.shape[-1], ctx.band) if need[0] else None
     dvalues = ops.dvalues(dy, x, offsets, ctx.band).to(values.dtype) if need[1] else None
     dbias = None

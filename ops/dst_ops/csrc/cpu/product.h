@@ -24,7 +24,7 @@ namespace {
 
 // Outputs that share the input rows which a chunk of sections spans. If units meet many rows, those of a chunk stay in the
 // first-level cache; if few, it costs less to take them from the second than to store and load sums between chunks.
-constexpr int64_t block_outputs = 112, chunk_bytes = 48 * 1024, one_chunk_bytes = 128 * 1024;
+constexpr int64_t block_outputs = 112, chunk_bytes = 32 * 1024, one_chunk_bytes = 128 * 1024;
 
 // Most weights packed at a time: 8 MiB in fp32.
 constexpr int64_t segment_weights = 1 << 21;
