@@ -21,11 +21,12 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install data demo test unit lint format clean
+.PHONY: help install data demo test unit sanitize lint format clean
 help:
 	@echo "make demo    install, build the digits shards, train $(JOB) on $(RANKS) ranks"
 	@echo "make test    install, run every test"
 	@echo "make unit    the unit tests only"
+	@echo "make sanitize the op's tests with its kernels under AddressSanitizer and UBSan"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff format the code"
 	@echo "make clean   remove .venv, caches and runs"
@@ -49,6 +50,15 @@ test: install
 
 unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+
+# Generated code is not instrumented; the portable kernels compute the same without any. -s: or a report would be lost.
+sanitize: install
+	for isa in portable avx2 avx512; do \
+	  env DST_OPS_ISA=$$isa DST_OPS_CACHE=$(CURDIR)/build/sanitize DST_OPS_REQUIRE_FUSED=1 OMP_NUM_THREADS=2 \
+	    CXX="c++ -g -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	    $(BIN)/python -m pytest -q -s tests/unit/ops/test_op.py tests/unit/ops/test_scores.py || exit 1; \
+	done
 
 lint: install
 	$(BIN)/ruff check .
