@@ -73,6 +73,13 @@ def instruction_set() -> str:
     return name.decode()
 
 
+def generates_code() -> bool:
+    """Whether products of many tokens run code that is generated for their offsets: not if the system forbids it."""
+    function = ctypes.CDLL(str(_loaded)).dst_ops_generates
+    function.restype = ctypes.c_bool
+    return bool(function())
+
+
 def library_path() -> Path:
     """Where the library for these sources, this torch and this compiler is or will be."""
     key = hashlib.sha256()

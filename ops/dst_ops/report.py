@@ -31,10 +31,9 @@ def backend_report() -> BackendReport:
     """What serves `diagonal_linear` in this process. Builds and loads nothing."""
     library, error = build.status()
     if library is not None:
-        cpu = (
-            "fused",
-            f"{build.instruction_set()} kernels, sums in float32 (float64 for float64), loaded from {library}",
-        )
+        generated = "code generated for the offsets" if build.generates_code() else "no generated code"
+        kernels = f"{build.instruction_set()} kernels, {generated}, sums in float32 (float64 for float64)"
+        cpu = ("fused", f"{kernels}, loaded from {library}")
     elif error is not None:
         cpu = ("reference", f"the build failed: {error.splitlines()[0]}")
     else:

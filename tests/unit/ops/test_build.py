@@ -191,12 +191,14 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 RESULTS_PER_CASE, Y, DX = 4, 0, 1
 RESULTS = """
-import sys, torch, dst_ops
+import ctypes, sys, torch, dst_ops
+if sys.argv[2:] == ["forbid"] and ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN
+    sys.exit("no prctl")
 from tests.unit.ops.oracle import CASES, case
 results = []
 for shape in [*CASES, (768, 300, 60, 1), (300, 768, 60, 1)]:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        c = case(*shape, dtype, (13,))
+        c = case(*shape, dtype, (45,))
         x, values, bias = (c[k].requires_grad_() for k in ("x", "values", "bias"))
         y = dst_ops.diagonal_linear(x, values, c["offsets"], bias, **c["sizes"])
         results += [y.detach(), *torch.autograd.grad(y, (x, values, bias), c["dy"])]
@@ -220,3 +222,17 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
             assert torch.equal(avx2, avx512)
         torch.testing.assert_close(avx2, avx512)
         torch.testing.assert_close(portable, avx512)
+
+
+def test_where_the_system_forbids_generated_code_results_are_the_same(tmp_path: Path) -> None:
+    usual = python(RESULTS, str(tmp_path / "usual"), PYTHONPATH=os.getcwd())
+    assert usual.returncode == 0, usual.stderr
+    if "no generated code" in usual.stdout:
+        pytest.skip("this machine generates none in any case")
+    forbidden = python(RESULTS, str(tmp_path / "forbidden"), "forbid", PYTHONPATH=os.getcwd())
+    if forbidden.stderr.strip() == "no prctl":
+        pytest.skip("needs PR_SET_MDWE of Linux 6.3")
+    assert forbidden.returncode == 0, forbidden.stderr
+    assert "no generated code" in forbidden.stdout
+    pairs = zip(torch.load(tmp_path / "usual"), torch.load(tmp_path / "forbidden"), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -118,8 +118,10 @@ extern "C" __attribute__((visibility("default"))) const char* dst_ops_isa() {
   return chosen == dst_ops::Isa::avx512 ? "avx512" : chosen == dst_ops::Isa::avx2 ? "avx2" : "portable";
 }
 
-// Whether products run code generated for their offsets: where not, the system forbids it.
-extern "C" __attribute__((visibility("default"))) bool dst_ops_generates() { return dst_ops::may_generate(); }
+// Whether products of many tokens run code generated for their offsets, which a system can forbid.
+extern "C" __attribute__((visibility("default"))) bool dst_ops_generates() {
+  return dst_ops::isa() != dst_ops::Isa::portable && dst_ops::may_generate();
+}
 
 STABLE_TORCH_LIBRARY_IMPL(dst_ops, CPU, m) {
   m.impl("linear", TORCH_BOX(&dst_ops::linear));
