@@ -65,31 +65,35 @@ static void transpose_in(const In* in, long ld, long count, long features, T* to
     }
 }
 
-// out[0..count)[f] = sums[f][0..count) + bias[f]; sums and bias are readable up to a whole vector of features. Where a
-// vector is a whole line, it goes past the caches: writing it there would first read what the line held. (Parts of lines
-// are slower past the caches.)
+// out[0..count)[f] = sums[f][0..count) + bias[f]; sums and bias are readable up to a whole vector of features. Whole lines
+// go past the caches: writing one there would first read what it held.
 template <typename In, typename T = typename SumOf<In>::type>
 static void transpose_out(const T* sums, long count, long features, const T* bias, In* out, long ld) {
-  constexpr int n = lanes<T>, few = group<T>;
-  const bool past = n * sizeof(In) == 64 && (reinterpret_cast<unsigned long>(out) | ld * sizeof(In)) % sizeof(V<T>) == 0;
-  for (long b = 0; b < count; b += few)
-    for (long f = 0; f < features; f += n) {
-      const V<T> add = load(bias + f);
+  constexpr int n = lanes<T>, few = group<T>, line = 64 / (n * sizeof(In));
+  const bool aligned = (reinterpret_cast<unsigned long>(out) | ld * sizeof(In)) % 64 == 0;
+  for (long b = 0; b < count; b += few) {
+    long f = 0;
+    for (; aligned && b + few <= count && f + line * n <= features; f += line * n) {
+      V<T> v[line][few], add[line];
+#pragma GCC unroll 8
+      for (int w = 0; w < line; ++w) columns_of(sums + (f + w * n) * tokens<T> + b, tokens<T>, v[w]), add[w] = load(bias + f + w * n);
+#pragma GCC unroll 4
+      for (int r = 0; r < few; ++r)
+#pragma GCC unroll 8
+        for (int w = 0; w < line; ++w) store_past(out + (b + r) * ld + f + w * n, v[w][r] + add[w]);
+    }
+    for (; f < features; f += n) {
       V<T> v[few];
       columns_of(sums + f * tokens<T> + b, tokens<T>, v);
-      In* row = out + b * ld + f;
-      if (b + few <= count && f + n <= features) {
-#pragma GCC unroll 4
-        for (int r = 0; r < few; ++r, row += ld) past ? store_past(row, v[r] + add) : store(row, v[r] + add);
-        continue;
-      }
       for (int r = 0; r < few && b + r < count; ++r) {
+        In* const to = out + (b + r) * ld + f;
         In some[n];
-        store(some, v[r] + add);
-        for (long c = 0; c < n && f + c < features; ++c) row[r * ld + c] = some[c];
+        store(f + n <= features ? to : some, v[r] + load(bias + f));
+        for (long c = 0; f + n > features && c < features - f; ++c) to[c] = some[c];
       }
     }
-  if (past) store_fence();
+  }
+  store_fence();
 }
 
 // some[0..count) = v[(from + i) mod period], zeros where that is not below length; from lies in (-period, 2 period).
