@@ -125,33 +125,14 @@ def diagonal_scores(
     x32, dy32 = x.reshape(-1, in_features).float(), dy.reshape(-1, out_features).float()
     block_rows = max(1, min(SCORE_BLOCK // in_features, -(-out_features // 2)))
     sums = x32.new_zeros(max(out_features, in_features))
-    skewed = x32.new_zeros(block_rows * (block_rows + in_features - 1))
     with torch.autocast(x.device.type, enabled=False):
         for first in range(0, out_features, block_rows):
             block = dy32[:, first : first + block_rows].t() @ x32
             if reduce is not None:
                 block = reduce(block, first)
-            _add_diagonal_sums(sums, block, first, skewed, out_features, in_features)
+            sums += torch.ops.dst_ops.diagonal_sums(block, first, out_features)
             del block  # before the next one is there
     return sums.view(-1, band).sum(1) / (band * min(out_features, in_features))
-
-
-def _add_diagonal_sums(
-    sums: Tensor, block: Tensor, first_row: int, skewed: Tensor, out_features: int, in_features: int
-) -> None:
-    """Add the sum of |entries| over each candidate diagonal of rows first_row ... of a matrix to sums [P].
-
-    Row a of the block is written shifted by rows - 1 - a into `skewed`, so that a diagonal becomes a column. What lies
-    between the rows must be zero there, and stays so from block to block; a last, smaller block gets its own.
-    """
-    rows, columns = block.shape
-    width = rows + columns - 1
-    if skewed.numel() != rows * width:
-        skewed = block.new_zeros(rows * width)
-    torch.abs(block, out=skewed.as_strided((rows, columns), (width - 1, 1), rows - 1))
-    shift = torch.arange(width, device=block.device) - (rows - 1) - first_row  # column - row
-    candidate = -shift % out_features if out_features >= in_features else shift % in_features
-    sums.index_add_(0, candidate, skewed.view(rows, width).sum(0))
 
 
 def _check(ok: bool, argument: str, what: str, got: object, expected: object, *parts: object) -> None:

@@ -54,5 +54,19 @@ def dvalues(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
     return torch.stack(rows).to(dtype=wide)
 
 
+def diagonal_sums(block: Tensor, first_row: int, out_features: int) -> Tensor:
+    """Sums of |entries| [P] along the candidates, for rows first_row ... (block [rows, N], fp32) of a matrix.
+
+    Row a of the block is written shifted by rows - 1 - a into a wider matrix, so that a diagonal becomes a column.
+    """
+    rows, in_features = block.shape
+    width = rows + in_features - 1
+    skewed = block.new_zeros(rows * width)
+    torch.abs(block, out=skewed.as_strided((rows, in_features), (width - 1, 1), rows - 1))
+    shift = torch.arange(width, device=block.device) - (rows - 1) - first_row  # column - row
+    candidate = -shift % out_features if out_features >= in_features else shift % in_features
+    return block.new_zeros(max(out_features, in_features)).index_add_(0, candidate, skewed.view(rows, width).sum(0))
+
+
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

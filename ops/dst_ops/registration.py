@@ -1,6 +1,6 @@
-"""The raw ops `torch.ops.dst_ops.{linear, linear_transposed, dvalues}`: schemas, fake, autograd and vmap.
+"""The raw ops `torch.ops.dst_ops.{linear, linear_transposed, dvalues, diagonal_sums}`: schemas, fake, autograd and vmap.
 
-The three are closed under differentiation: the backward of each uses only the other two, so that any order of
+The first three are closed under differentiation: the backward of each uses only the other two, so that any order of
 derivative works. The schemas are defined here and not in C++, so that `import dst_ops` builds nothing and torch.compile
 can trace the ops before the library is loaded. What runs at first is the kernel below, registered for every device: on
 the CPU it loads the library (csrc/), whose kernels for the CPU key take its place from then on, however the op was
@@ -21,6 +21,7 @@ SCHEMAS = (
     "linear(Tensor x, Tensor values, Tensor offsets, SymInt out_features, int band, Tensor? bias=None) -> Tensor",
     "linear_transposed(Tensor dy, Tensor values, Tensor offsets, SymInt in_features, int band) -> Tensor",
     "dvalues(Tensor dy, Tensor x, Tensor offsets, int band) -> Tensor",
+    "diagonal_sums(Tensor block, int first_row, int out_features) -> Tensor",  # of |entries|; has no derivative
 )
 
 library = torch.library.Library("dst_ops", "DEF")
@@ -46,6 +47,7 @@ library.impl(
     "linear_transposed", _first_kernel("linear_transposed", reference.linear_transposed), "CompositeExplicitAutograd"
 )
 library.impl("dvalues", _first_kernel("dvalues", reference.dvalues), "CompositeExplicitAutograd")
+library.impl("diagonal_sums", _first_kernel("diagonal_sums", reference.diagonal_sums), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("dst_ops::linear")
@@ -62,6 +64,11 @@ def _(dy: Tensor, values: Tensor, offsets: Tensor, in_features: int, band: int) 
 def _(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty((offsets.shape[0] * band, min(dy.shape[-1], x.shape[-1])), dtype=dtype)
+
+
+@torch.library.register_fake("dst_ops::diagonal_sums")
+def _(block: Tensor, first_row: int, out_features: int) -> Tensor:
+    return block.new_empty(max(out_features, block.shape[-1]))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dst_ops
-from dst_ops import api
+from dst_ops import api, reference
 from tests.unit.ops.oracle import CASES
 
 
@@ -95,3 +95,34 @@ def test_low_precision_inputs_are_summed_in_fp32() -> None:
 def test_bad_arguments_are_named(x: Tensor, dy: Tensor, band: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dst_ops.diagonal_scores(x, dy, out_features=6, in_features=4, band=band)
+
+
+@pytest.mark.parametrize("first_row", [0, 3])
+@pytest.mark.parametrize(("rows", "m", "n"), [(5, 8, 6), (4, 7, 700), (2, 700, 7), (1, 9, 9), (2, 6, 5)])
+def test_sums_along_diagonals(rows: int, m: int, n: int, first_row: int) -> None:
+    torch.manual_seed(0)
+    block = torch.randn(rows, n)
+    expected = torch.zeros(max(m, n), dtype=torch.float64)
+    for row in range(rows):
+        for column in range(n):
+            r = first_row + row
+            expected[(r - column) % m if m >= n else (column - r) % n] += block[row, column].abs()
+    assert dst_ops.load()
+    for sums in (torch.ops.dst_ops.diagonal_sums, reference.diagonal_sums):
+        # At most 5 terms, each rounded once when it is added.
+        torch.testing.assert_close(sums(block, first_row, m).double(), expected, rtol=5 * 2**-24, atol=0)
+    torch.library.opcheck(torch.ops.dst_ops.diagonal_sums.default, (block, first_row, m))
+
+
+@pytest.mark.parametrize(
+    ("block", "first_row", "message"),
+    [
+        (torch.zeros(2, 4, dtype=torch.float64), 0, "block must be float32"),
+        (torch.zeros(4), 0, "block must be float32"),
+        (torch.zeros(2, 4), 5, "rows 5 to 6 are not among 6"),
+        (torch.zeros(2, 4), -1, "rows -1 to 0 are not among 6"),
+    ],
+)
+def test_the_kernel_names_what_it_refuses(block: Tensor, first_row: int, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dst_ops.diagonal_sums(block, first_row, 6)

@@ -32,6 +32,19 @@ static void convert(const In* in, long count, T* to) {
   for (long r = i; r < count; ++r) to[r] = v[r - i];
 }
 
+// to[i] += |in[i]|
+template <typename In, typename T = typename SumOf<In>::type>
+static void add_absolute(const In* in, long count, T* to) {
+  constexpr int n = lanes<T>;
+  const auto absolute = [](auto v) { return v < 0 ? -v : v; };
+  long i = 0;
+  for (; i + n <= count; i += n) store(to + i, load(to + i) + absolute(load(in + i)));
+  In rest[n] = {};
+  for (long r = i; r < count; ++r) rest[r - i] = in[r];
+  const V<T> v = absolute(load(rest));
+  for (long r = i; r < count; ++r) to[r] += v[r - i];
+}
+
 // The next row. Left to itself the compiler keeps the addresses of all rows of an unrolled loop, which do not fit into registers.
 template <typename P>
 static inline void step(P*& row, long ld) {
@@ -292,7 +305,7 @@ static void accumulate_band(const T* shorter, const T* longer, long rows, long w
 }
 
 template <typename In, typename T = typename SumOf<In>::type>
-constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, rows, band_tile<T>, convert<In>, transpose_in<In>, transpose_out<In>, pack<In>, multiply<T>, few<In>, accumulate<T>, accumulate_band<T>};
+constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, rows, band_tile<T>, convert<In>, add_absolute<In>, transpose_in<In>, transpose_out<In>, pack<In>, multiply<T>, few<In>, accumulate<T>, accumulate_band<T>};
 
 const Kernels<float> f32 = kernels<float>;
 const Kernels<double> f64 = kernels<double>;

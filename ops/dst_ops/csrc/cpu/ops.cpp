@@ -1,4 +1,4 @@
-// CPU kernels of dst_ops.{linear, linear_transposed, dvalues} on the LibTorch stable ABI.
+// CPU kernels of dst_ops.{linear, linear_transposed, dvalues, diagonal_sums} on the LibTorch stable ABI.
 //
 // Validation, and the choice of the form of the product: see product.h and gradient.h. Sums have one order, whatever the
 // number of threads, so that results are the same bit for bit.
@@ -16,6 +16,7 @@
 #include "few.h"
 #include "gradient.h"
 #include "product.h"
+#include "sums.h"
 
 namespace dst_ops {
 namespace {
@@ -109,6 +110,17 @@ Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t
   return grad;
 }
 
+Tensor sums_of_diagonals(const Tensor& block, int64_t first_row, int64_t out_features) {
+  STD_TORCH_CHECK(block.dim() == 2 && block.size(1) >= 1 && block.scalar_type() == ScalarType::Float, "dst_ops: block must be float32 [rows, in_features]");
+  STD_TORCH_CHECK(first_row >= 0 && first_row + block.size(0) <= out_features, "dst_ops: rows ", first_row, " to ", first_row + block.size(0) - 1,
+                  " are not among ", out_features);
+  const Tensor whole = torch::stable::contiguous(block);
+  const int64_t N = whole.size(1);
+  Tensor sums = torch::stable::new_empty(whole, {std::max(out_features, N)});
+  diagonal_sums(static_cast<const float*>(whole.const_data_ptr()), static_cast<float*>(sums.mutable_data_ptr()), whole.size(0), first_row, out_features, N);
+  return sums;
+}
+
 }  // namespace
 }  // namespace dst_ops
 
@@ -127,4 +139,5 @@ STABLE_TORCH_LIBRARY_IMPL(dst_ops, CPU, m) {
   m.impl("linear", TORCH_BOX(&dst_ops::linear));
   m.impl("linear_transposed", TORCH_BOX(&dst_ops::linear_transposed));
   m.impl("dvalues", TORCH_BOX(&dst_ops::dvalues));
+  m.impl("diagonal_sums", TORCH_BOX(&dst_ops::sums_of_diagonals));
 }
