@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
 import statistics
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+from measuring import file_stem
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,13 +24,6 @@ VARIANTS = {
     "vit": [("vit_digits", ""), ("vit_digits_dense", ""), ("vit_digits_dense", "optimizer.lr=1e-3")],
     "mlp": [("mlp_digits", ""), ("mlp_digits_dense", "")],
 }
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip().replace(" ", "_")
-    return platform.machine()
 
 
 def run(job: str, change: str, seed: int, ranks: int, folder: str) -> dict[str, str]:
@@ -78,7 +70,7 @@ def main() -> None:
         values = [float(row["accuracy"]) for row in rows if (row["job"], row["change"]) == (job, change)]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f"{job} {change}: {statistics.mean(values):.2f} +- {spread:.2f} % (n = {len(values)})")
-    path = ROOT / f"benchmarks/results/digits_{args.name}-{cpu_name()}-torch{torch.__version__}.csv"
+    path = ROOT / f"benchmarks/results/{file_stem(f'digits_{args.name}')}.csv"
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
