@@ -134,7 +134,14 @@ def test_any_shape(
 # Products and gradients that take several chunks of rows, blocks of outputs, or segments of packed weights.
 @pytest.mark.parametrize(
     ("shape", "rows"),
-    [((1300, 50, 40, 1), 70), ((50, 1300, 40, 1), 70), ((1088, 1056, 1, 32), 33), ((130, 120, 130, 1), 600)],
+    [
+        ((1300, 50, 40, 1), 70),
+        ((50, 1300, 40, 1), 70),
+        ((1088, 1056, 1, 32), 33),
+        ((1300, 1290, 5, 1), 40),
+        ((1296, 1290, 2, 16), 40),
+        ((130, 120, 130, 1), 600),
+    ],
 )
 def test_more_than_one_block(shape: tuple[int, int, int, int], rows: int) -> None:
     _assert_as_good_as_dense(case(*shape, torch.float32, (rows,)))

@@ -82,8 +82,9 @@ void gradient(const In* shorter, const In* longer, T* grad, const Units& units, 
   const Kernels<In>& kernel = kernels<In>();
   const bool band = units.width % 4 == 0;
   const int64_t width = band ? std::gcd<int64_t>(units.width, 16) : 1, rows = band ? band_rows : kernel.rows, tile = band ? kernel.band_tile : kernel.tile;
-  const int64_t align = band ? 1 : 32 / sizeof(T), ld = gradient_stride / sizeof(T), beyond = width + 2 * kernel.vector_bytes / int64_t(sizeof(T)) + align;
-  const int64_t window = band ? ld / 2 : window_bytes / (rows * int64_t(sizeof(T)));
+  const int64_t align = band ? 1 : 32 / sizeof(T), window = band ? gradient_stride / 2 / sizeof(T) : window_bytes / (rows * sizeof(T));
+  // A window may begin `beyond` after the last offset of a chunk's part, and reach as far beyond that.
+  const int64_t ld = gradient_stride / sizeof(T), beyond = width + 2 * kernel.vector_bytes / int64_t(sizeof(T)) + align;
   const std::vector<Chunk> chunks = chunks_of(units, width, P, window, align);
 
   // Tile t of a diagonal covers l = t * tile - remainder ...; every (chunk, tile) is computed by itself, in one order of
@@ -94,7 +95,7 @@ void gradient(const In* shorter, const In* longer, T* grad, const Units& units, 
     while (begin < stop) {
       const Chunk& chunk = chunks[begin / tiles];
       const int64_t K = static_cast<int64_t>(chunk.diagonals.size()), t0 = begin % tiles;
-      const int64_t most = std::clamp<int64_t>(gradient_bytes / (K * tile * int64_t(sizeof(T))), 1, (ld - window - beyond) / tile);
+      const int64_t most = std::clamp<int64_t>(gradient_bytes / (K * tile * int64_t(sizeof(T))), 1, (ld - window - 2 * beyond) / tile);
       const int64_t t1 = std::min({tiles, t0 + most, t0 + stop - begin});
       begin += t1 - t0;
 
