@@ -40,7 +40,7 @@ struct Part {
 // Rows of the input for a product: sections of this many are left out where they are zero.
 constexpr long section_rows = 32;
 
-// Bytes from a row to the next where single diagonals' gradients are taken: known to the compiler, and not a multiple of
+// Bytes from a row to the next where gradients are taken: known to the compiler, and not a multiple of
 // what makes rows share the lines of a cache.
 constexpr int gradient_stride = 2064 * 4;
 

@@ -86,10 +86,6 @@ static inline void store_fence() {
 #endif
 }
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
 template <int... I>
 struct Sequence {};
 template <int N, int... I>
