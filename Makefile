@@ -21,11 +21,16 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install data demo test unit sanitize lint format clean
+# Tests of the op that run on any backend.
+OP_TESTS := tests/gpu $(addprefix tests/unit/ops/test_,op.py op_properties.py registration.py scores.py)
+
+.PHONY: help install data demo test unit emulate gpu sanitize lint format clean
 help:
 	@echo "make demo    install, build the digits shards, train $(JOB) on $(RANKS) ranks"
 	@echo "make test    install, run every test"
 	@echo "make unit    the unit tests only"
+	@echo "make emulate the op's tests with the CUDA kernels emulated on the host"
+	@echo "make gpu     the op's tests and benchmark on this machine's GPU; installs nothing"
 	@echo "make sanitize the op's tests with its kernels under AddressSanitizer and UBSan"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff format the code"
@@ -51,14 +56,25 @@ test: install
 unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
 
+emulate: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OP_TESTS) --backend emulated
+
+# With the Python that has torch (2.11 or later), nvcc and ninja, and without the project's other dependencies; pytest knows
+# pyproject.toml's `timeout` only with its plugin.
+gpu:
+	PYTHONPATH=ops:. python3 -m pytest -W ignore::pytest.PytestConfigWarning $(OP_TESTS) --backend cuda
+	PYTHONPATH=ops:. python3 benchmarks/op_cuda.py
+
 # Generated code is not instrumented; the portable kernels compute the same without any. -s: or a report would be lost.
+SANITIZED = env DST_OPS_CACHE=$(CURDIR)/build/sanitize DST_OPS_REQUIRE_FUSED=1 OMP_NUM_THREADS=2 \
+  CXX="c++ -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
 sanitize: install
 	for isa in portable avx2 avx512; do \
-	  env DST_OPS_ISA=$$isa DST_OPS_CACHE=$(CURDIR)/build/sanitize DST_OPS_REQUIRE_FUSED=1 OMP_NUM_THREADS=2 \
-	    CXX="c++ -g -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 \
-	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  $(SANITIZED) DST_OPS_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 \
 	    $(BIN)/python -m pytest -q -s tests/unit/ops/test_op.py tests/unit/ops/test_scores.py || exit 1; \
 	done
+	$(SANITIZED) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q -s tests/gpu/test_emulated.py --backend emulated
 
 lint: install
 	$(BIN)/ruff check .

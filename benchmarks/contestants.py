@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class Layer:
         self.x, self.dy = normal(case.tokens, case.n), normal(case.tokens, case.m).detach()
         self.values, self.bias = normal(case.diagonals, min(case.m, case.n)), normal(case.m)
         self.offsets = torch.randperm(max(case.m, case.n) // case.band, generator=random)[: case.units].int()
-        self.sizes = {"out_features": case.m, "in_features": case.n, "band": case.band}
+        self.sizes: dict[str, Any] = {"out_features": case.m, "in_features": case.n, "band": case.band}
 
     def weight(self) -> Tensor:
         return dst_ops.to_dense(self.values.detach(), self.offsets, **self.sizes)

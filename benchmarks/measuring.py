@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Times(NamedTuple):
-    """Milliseconds."""
+    """Milliseconds on a CPU, microseconds on a GPU."""
 
     q1: float
     median: float
@@ -31,8 +31,8 @@ class Times(NamedTuple):
         return f"{self.median:.3f} [{self.q1:.3f}, {self.q3:.3f}]"
 
 
-def quartiles(milliseconds: Sequence[float]) -> Times:
-    return Times(*statistics.quantiles(milliseconds, n=4, method="inclusive"))
+def quartiles(times: Sequence[float]) -> Times:
+    return Times(*statistics.quantiles(times, n=4, method="inclusive"))
 
 
 def take_turns(functions: Sequence[Callable[[], object]], repeats: int, in_a_row: int = 4) -> list[Times]:
@@ -73,9 +73,10 @@ def cpu_name() -> str:
     return found.group(1).strip() if found else platform.machine()
 
 
-def file_stem(name: str) -> str:
-    """Results of different machines and versions lie beside each other: <name>-<cpu>-torch<version>."""
-    return f"{name}-{re.sub(r'[^A-Za-z0-9]+', '_', cpu_name()).strip('_')}-torch{torch.__version__}"
+def file_stem(name: str, processor: str | None = None) -> str:
+    """Results of different machines and versions lie beside each other: <name>-<processor, or CPU>-torch<version>."""
+    processor = re.sub(r"[^A-Za-z0-9]+", "_", processor or cpu_name()).strip("_")
+    return f"{name}-{processor}-torch{torch.__version__}"
 
 
 def start(threads: int, fresh_pages: bool) -> str:
@@ -101,9 +102,13 @@ def write_results(name: str, rows: Sequence[Mapping[str, object]]) -> None:
     if path.exists():
         with path.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if row["threads"] != str(rows[0]["threads"])]
-    RESULTS.mkdir(exist_ok=True)
+    write_csv(path, [*kept, *rows], list(rows[0]))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
-        writer.writerows([*kept, *rows])
+        writer.writerows(rows)
     print(f"written: {os.path.relpath(path)}")

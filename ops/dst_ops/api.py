@@ -22,6 +22,7 @@ def diagonal_linear(
     out_features: int,
     in_features: int,
     band: int = 1,
+    activation: str | None = None,
 ) -> Tensor:
     """`y = x W^T + bias` for a diagonally sparse W of shape [out_features, in_features] that is never stored.
 
@@ -36,6 +37,7 @@ def diagonal_linear(
         offsets: int32 [U]; distinct units in [0, P / band), in any order.
         bias: [out_features] or None, dtype of x.
         band: adjacent diagonals per unit; divides P.
+        activation: None or "gelu" (exact), which the CUDA kernels apply before they write y.
 
     Returns:
         y: [..., out_features] in the dtype of x, contiguous.
@@ -66,7 +68,11 @@ def diagonal_linear(
     if device == "cpu" and not torch.compiler.is_compiling() and not build.load():
         _check_numbers(offsets, out_features, in_features, band)  # the compiled kernels check them themselves
     x = x.contiguous()  # here, so that the gradient of values finds the copy that the forward pass made
+    _check(activation in (None, "gelu"), "activation", "", repr(activation), "None or 'gelu'")
     try:
+        if activation == "gelu":
+            keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+            return torch.ops.dst_ops.linear_gelu(x, values, offsets, out_features, band, bias, keep)[0]
         return torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
     except RuntimeError:
         _check_numbers(offsets, out_features, in_features, band)

@@ -1,11 +1,15 @@
-"""Builds the CPU library just in time, once per machine, source, torch and compiler, and loads it.
+"""The compiled libraries, one for the CPU and one for CUDA: built just in time, once per machine, source, torch, compiler.
 
-Nothing happens at import. Processes that start together share one build under `flock`, which the kernel releases when its
-holder dies, so that a killed build cannot block the next one; the library appears under its name only when it is whole.
+Nothing happens at import. Each library is built and loaded at the first call on its device; a wheel that brings it in
+lib/ (see setup.py) spares the build. Processes that start together share one build under `flock`, which the kernel
+releases when its holder dies, so that a killed build cannot block the next one; a library appears under its name only
+when it is whole.
 
-Environment: CXX (compiler, default c++), DST_OPS_CACHE (folder of built libraries, default $TORCH_EXTENSIONS_DIR/dst_ops
-or ~/.cache/dst_ops), DST_OPS_REQUIRE_FUSED=1 (a failed build is an error), DST_OPS_ISA (portable, avx2 or avx512: at most
-this instruction set).
+Environment: CXX (C++ compiler, default c++; nvcc's host compiler, default nvcc's own choice), CUDA_HOME or CUDA_PATH
+(where bin/nvcc is; otherwise nvcc on PATH, then /usr/local/cuda), DST_OPS_CUDA_ARCHS (chips to compile for, such as "80"
+or "80+PTX;90a"; fewer build faster), MAX_JOBS (files compiled at once), DST_OPS_CACHE (folder of built libraries, default
+$TORCH_EXTENSIONS_DIR/dst_ops or ~/.cache/dst_ops), DST_OPS_REQUIRE_FUSED=1 (a failed build is an error), DST_OPS_ISA
+(portable, avx2 or avx512: at most this instruction set).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,52 +27,83 @@ import sys
 import tempfile
 import threading
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
-COMMON_FLAGS = (
-    "-O3",
-    "-std=c++17",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-)
+SHIPPED = Path(__file__).parent / "lib"
+DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
+# Machine code for A100 and H100, and the assembly that a driver compiles for later chips.
+ARCHITECTURES = "80+PTX;90a"
+COMMON_FLAGS = ("-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall")
 # One file per instruction set; the choice among them is made when the library runs.
 INSTRUCTION_SETS = ("", "portable", "avx2", "avx512")
 X86_FLAGS = {"kernels_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"), "kernels_avx512.cpp": ("-mavx512f", "-mfma")}
 
+
+@dataclass
+class _Library:
+    """What is said of a library, and what became of it in this process."""
+
+    name: str
+    duration: str
+    without: str
+    fix: str
+    loaded: Path | None = None
+    error: str | None = None
+
+
+_libraries = {
+    "cpu": _Library("CPU", "some 10 s", "slower than a dense layer", "Install a C++ compiler"),
+    "cuda": _Library(
+        "CUDA",
+        "a minute or so",
+        "which forms the dense weight for each call",
+        "Install the CUDA toolkit (nvcc) of torch's major version and set CUDA_HOME to it",
+    ),
+}
 _lock = threading.Lock()
-_error: str | None = None
-_loaded: Path | None = None
 
 
-def load() -> bool:
-    """Build if needed and load the library; True if the compiled kernels serve the CPU, False if the reference does.
+@dataclass(frozen=True)
+class _Recipe:
+    """How a library is built. The paths of sources and torch are not in it, so that it can be part of the name."""
 
-    The first call of an op on the CPU does this (see registration.py); calling it earlier only chooses the moment.
+    compiler: str  # as a command in build.ninja
+    version: str
+    flags: tuple[str, ...]
+    sources: dict[str, tuple[str, ...]]  # file: flags of its own
+    link: tuple[str, ...]
+
+
+def load(device: str = "cpu") -> bool:
+    """Build if needed and load a library; True if compiled kernels serve the device, False if the reference does.
+
+    The first call of an op on the device does this (see registration.py); calling it earlier only chooses the moment.
 
     Raises:
         RuntimeError: the build fails and DST_OPS_REQUIRE_FUSED=1. Otherwise a failed build warns, once.
-        ValueError: DST_OPS_ISA names no instruction set.
+        ValueError: DST_OPS_ISA names no instruction set, or DST_OPS_CUDA_ARCHS no list of chips.
     """
-    if _loaded is None and _error is None:
+    library = _libraries[device]
+    if library.loaded is None and library.error is None:
         with _lock:
-            if _loaded is None and _error is None:
-                _load()
-    return _loaded is not None
+            if library.loaded is None and library.error is None:
+                _load(device)
+    return library.loaded is not None
 
 
-def status() -> tuple[Path | None, str | None]:
+def status(device: str = "cpu") -> tuple[Path | None, str | None]:
     """(the loaded library, why there is none); both None before the first use."""
-    return _loaded, _error
+    return _libraries[device].loaded, _libraries[device].error
 
 
 def instruction_set() -> str:
-    """The instruction set that the loaded library chose: portable, avx2 or avx512."""
-    function = ctypes.CDLL(str(_loaded)).dst_ops_isa
+    """The instruction set that the loaded CPU library chose: portable, avx2 or avx512."""
+    function = ctypes.CDLL(str(_libraries["cpu"].loaded)).dst_ops_isa
     function.restype = ctypes.c_char_p
     name: bytes = function()
     return name.decode()
@@ -75,89 +111,149 @@ def instruction_set() -> str:
 
 def generates_code() -> bool:
     """Whether products of many tokens run code that is generated for their offsets: not if the system forbids it."""
-    function = ctypes.CDLL(str(_loaded)).dst_ops_generates
+    function = ctypes.CDLL(str(_libraries["cpu"].loaded)).dst_ops_generates
     function.restype = ctypes.c_bool
     return bool(function())
 
 
-def library_path() -> Path:
-    """Where the library for these sources, this torch and this compiler is or will be."""
-    key = hashlib.sha256()
-    for path in sorted(SOURCES.rglob("*")):
-        if path.suffix in (".h", ".cpp"):
-            key.update(path.name.encode() + path.read_bytes())
-    key.update(repr((COMMON_FLAGS, X86_FLAGS, torch.__version__, platform.machine(), _compiler())).encode())
-    return _cache() / f"dst_ops_cpu-{key.hexdigest()[:16]}.so"
-
-
-def build() -> Path:
-    """The library, built if it is not in the cache.
+def library_path(device: str = "cpu") -> Path:
+    """Where the library came with the package; or is, or will be, for these sources, this torch and this compiler.
 
     Raises:
-        OSError, subprocess.CalledProcessError: no compiler, no ninja, or sources that do not compile.
+        OSError, subprocess.CalledProcessError: for CUDA, if there can be none: torch without CUDA, or no nvcc for it.
+        ValueError: DST_OPS_CUDA_ARCHS is no list of chips.
     """
-    library = library_path()
+    if device == "cuda" and torch.version.cuda is None:
+        raise OSError(f"torch {torch.__version__} is built without CUDA; install one that is built with it")
+    shipped = SHIPPED / f"dst_ops_{device}.so"
+    if shipped.is_file():
+        return shipped
+    key = hashlib.sha256()
+    for path in [*sorted(SOURCES.glob("*.h")), *sorted((SOURCES / device).rglob("*"))]:
+        if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
+            key.update(path.name.encode() + path.read_bytes())
+    key.update(repr((_recipe(device), torch.__version__, platform.machine())).encode())
+    return cache() / f"dst_ops_{device}-{key.hexdigest()[:16]}.so"
+
+
+def build(device: str = "cpu") -> Path:
+    """The library, built if it neither came with the package nor is in the cache.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: no compiler, no ninja, or sources that do not compile; see library_path.
+    """
+    library = library_path(device)
     if library.is_file():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with (library.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():  # another process may have built it while this one waited
-            print(f"dst_ops: building {library} (some 10 s, once)", file=sys.stderr, flush=True)
+            duration = _libraries[device].duration
+            print(f"dst_ops: building {library} ({duration}, once)", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                _run_ninja(Path(folder))
+                _run_ninja(Path(folder), device)
                 os.replace(Path(folder) / "library.so", library)
     return library
 
 
-def _load() -> None:
-    global _loaded, _error
+def _load(device: str) -> None:
+    library = _libraries[device]
     isa = os.environ.get("DST_OPS_ISA", "")
-    if isa not in INSTRUCTION_SETS:
+    if device == "cpu" and isa not in INSTRUCTION_SETS:
         raise ValueError(f"DST_OPS_ISA is {isa!r}, expected portable, avx2 or avx512")
     try:
-        library = build()
-        torch.ops.load_library(str(library))
-        _loaded = library
+        path = build(device)
+        torch.ops.load_library(str(path))
+        library.loaded = path
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stdout", None) or ""
         reason = f"{error}\n{output.strip()[-2000:]}".strip()
+        failure = f"dst_ops: the {library.name} kernels could not be built or loaded"
         if os.environ.get("DST_OPS_REQUIRE_FUSED") == "1":
-            raise RuntimeError(f"dst_ops: the CPU kernels could not be built or loaded: {reason}") from error
-        _error = reason
+            raise RuntimeError(f"{failure}: {reason}") from error
+        library.error = reason
         warnings.warn(
-            "dst_ops: the CPU kernels could not be built or loaded; the reference in plain PyTorch serves instead, slower "
-            f"than a dense layer. Install a C++ compiler, or set DST_OPS_REQUIRE_FUSED=1 to make this an error. {reason}",
+            f"{failure}; the reference in plain PyTorch serves instead, {library.without}. "
+            f"{library.fix}, or set DST_OPS_REQUIRE_FUSED=1 to make this an error. {reason}",
             stacklevel=3,
         )
 
 
-def _run_ninja(folder: Path) -> None:
-    torch_root = Path(torch.__file__).parent
+def _recipe(device: str) -> _Recipe:
+    files = sorted(path.name for path in (SOURCES / device).iterdir())
+    if device == "cuda":
+        nvcc, version = _nvcc()
+        host = f" -ccbin {_quoted(os.environ['CXX'])}" if os.environ.get("CXX") else ""
+        flags = (*COMMON_FLAGS, f"-Xcompiler {','.join(HOST_FLAGS)}", *_chips())
+        sources: dict[str, tuple[str, ...]] = {name: () for name in files if name.endswith(".cu")}
+        # The runtime's symbols stay inside, so that any minor version of CUDA in torch will do.
+        link = ("-cudart", "static", "-ltorch_cpu", "-ltorch_cuda")
+        return _Recipe(_quoted(nvcc) + host, version, flags, sources, link)
     x86 = platform.machine() in ("x86_64", "AMD64")
+    compiled = [name for name in files if name.endswith(".cpp") and (x86 or name not in X86_FLAGS)]
+    sources = {name: X86_FLAGS.get(name, ()) for name in compiled}
+    return _Recipe(os.environ.get("CXX") or "c++", "", (*COMMON_FLAGS, *HOST_FLAGS), sources, ("-ltorch_cpu",))
+
+
+def _nvcc() -> tuple[Path, str]:
+    """The CUDA compiler and what it says of its version, which must be torch's but for the minor number."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", DEFAULT_NVCC]
+    nvcc = next(filter(None, map(shutil.which, places)), None)
+    needed = str(torch.version.cuda).split(".")[0]
+    if nvcc is None:
+        looked = ", ".join("nvcc on PATH" if place == "nvcc" else place for place in places)
+        raise FileNotFoundError(
+            f"there is none of: {looked}; install the CUDA toolkit {needed} and set CUDA_HOME to it"
+        )
+    version = subprocess.run(
+        [nvcc, "--version"], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ).stdout
+    release = re.search(r"release ((\d+)\.\d+)", version)
+    if release is None or release[2] != needed:
+        raise OSError(
+            f"{nvcc} is of CUDA {release[1] if release else '(no release named)'}, torch {torch.__version__} of CUDA "
+            f"{torch.version.cuda}; install the CUDA toolkit {needed} and set CUDA_HOME to it"
+        )
+    return Path(nvcc), version
+
+
+def _chips() -> list[str]:
+    """nvcc's options for DST_OPS_CUDA_ARCHS: machine code for each chip, assembly too where +PTX asks for it."""
+    listed = os.environ.get("DST_OPS_CUDA_ARCHS") or ARCHITECTURES
+    options = []
+    for chip in listed.split(";"):
+        parts = re.fullmatch(r"(\d+a?)(\+PTX)?", chip.strip())
+        if parts is None:
+            raise ValueError(f'DST_OPS_CUDA_ARCHS is {listed!r}, expected chips such as "80" or "80+PTX;90a"')
+        for kind in ("sm", "compute") if parts[2] else ("sm",):
+            options.append(f"-gencode=arch=compute_{parts[1]},code={kind}_{parts[1]}")
+    return options
+
+
+def _run_ninja(folder: Path, device: str) -> None:
+    torch_root, recipe = Path(torch.__file__).parent, _recipe(device)
+    include, library = _quoted(torch_root / "include"), _quoted(torch_root / "lib")
     rules = [
-        "rule cxx",
-        f"  command = {_compiler()} {' '.join(COMMON_FLAGS)} -isystem {_quoted(torch_root / 'include')} $flags -c $in -o $out",
+        "rule compile",
+        f"  command = {recipe.compiler} {' '.join(recipe.flags)} -isystem {include} $flags -c $in -o $out",
         "rule link",
-        f"  command = {_compiler()} -shared $in -o $out -L{_quoted(torch_root / 'lib')} -ltorch_cpu",
+        f"  command = {recipe.compiler} -shared $in -o $out -L{library} {' '.join(recipe.link)}",
     ]
     objects = []
-    for source in sorted((SOURCES / "cpu").glob("*.cpp")):
-        if source.name in X86_FLAGS and not x86:
-            continue
-        objects.append(f"{source.stem}.o")
-        rules += [
-            f"build {objects[-1]}: cxx {_escaped(source)}",
-            f"  flags = {' '.join(X86_FLAGS.get(source.name, ()))}",
-        ]
+    for name, flags in recipe.sources.items():
+        objects.append(f"{Path(name).stem}.o")
+        rules += [f"build {objects[-1]}: compile {_escaped(SOURCES / device / name)}", f"  flags = {' '.join(flags)}"]
     rules.append(f"build library.so: link {' '.join(objects)}")
     (folder / "build.ninja").write_text("\n".join(rules) + "\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     subprocess.run(
-        [_ninja(), "-C", str(folder)], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [_ninja(), "-C", str(folder), *jobs], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def _quoted(path: Path) -> str:
+def _quoted(path: Path | str) -> str:
     """For a command in build.ninja, where $ is special besides what the shell reads."""
     return shlex.quote(str(path)).replace("$", "$$")
 
@@ -165,10 +261,6 @@ def _quoted(path: Path) -> str:
 def _escaped(path: Path) -> str:
     """For the name of a file in build.ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
 
 
 def _ninja() -> str:
@@ -180,7 +272,7 @@ def _ninja() -> str:
     return found
 
 
-def _cache() -> Path:
+def cache() -> Path:
     if "DST_OPS_CACHE" in os.environ:
         return Path(os.environ["DST_OPS_CACHE"])
     if "TORCH_EXTENSIONS_DIR" in os.environ:

@@ -7,6 +7,7 @@ Entry l of candidate o sits at row (l + o) mod M, column l if M >= N, and at row
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,6 +38,14 @@ def linear(
     weight = to_dense(values.to(wide), offsets, out_features, x.shape[-1], band)
     y = x.to(wide) @ weight.t()
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def linear_gelu(
+    x: Tensor, values: Tensor, offsets: Tensor, out_features: int, band: int, bias: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """(GELU of the product, the product if it is to be kept, else no numbers)."""
+    before = torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
+    return F.gelu(before), before if keep else before.new_empty(0)
 
 
 def linear_transposed(dy: Tensor, values: Tensor, offsets: Tensor, in_features: int, band: int) -> Tensor:

@@ -1,10 +1,11 @@
-"""The raw ops `torch.ops.dst_ops.{linear, linear_transposed, dvalues, diagonal_sums}`: schemas, fake, autograd and vmap.
+"""The raw ops `torch.ops.dst_ops.{linear, linear_gelu, linear_transposed, dvalues, diagonal_sums}`: schemas, fake, autograd, vmap.
 
-The first three are closed under differentiation: the backward of each uses only the other two, so that any order of
-derivative works. The schemas are defined here and not in C++, so that `import dst_ops` builds nothing and torch.compile
-can trace the ops before the library is loaded. What runs at first is the kernel below, registered for every device: on
-the CPU it loads the library (csrc/), whose kernels for the CPU key take its place from then on, however the op was
-reached: eagerly, from a compiled program or from an exported one.
+linear, linear_transposed and dvalues are closed under differentiation: the backward of each uses only the other two, so
+that any order of derivative works. The schemas are defined here and not in C++, so that `import dst_ops` builds nothing and
+torch.compile can trace the ops before a library is loaded. What runs at first is the kernel below, registered for every
+device, however the op was reached: eagerly, from a compiled program or from an exported one. On the CPU it loads the library
+(csrc/cpu), whose kernels for the CPU key take its place from then on; on CUDA it chooses among the kernels of another library
+(cuda.py, csrc/cuda) at each call.
 """
 
 from __future__ import annotations
@@ -15,44 +16,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dst_ops import build, reference
+from dst_ops import build, cuda, reference
 
 SCHEMAS = (
     "linear(Tensor x, Tensor values, Tensor offsets, SymInt out_features, int band, Tensor? bias=None) -> Tensor",
+    "linear_gelu(Tensor x, Tensor values, Tensor offsets, SymInt out_features, int band, Tensor? bias, bool keep)"
+    " -> (Tensor, Tensor)",  # GELU of linear, and what it was applied to (no numbers unless `keep`)
     "linear_transposed(Tensor dy, Tensor values, Tensor offsets, SymInt in_features, int band) -> Tensor",
     "dvalues(Tensor dy, Tensor x, Tensor offsets, int band) -> Tensor",
     "diagonal_sums(Tensor block, int first_row, int out_features) -> Tensor",  # of |entries|; has no derivative
 )
 
 library = torch.library.Library("dst_ops", "DEF")
-for _schema in SCHEMAS:
+for _schema in (*SCHEMAS, *cuda.SCHEMAS):
     library.define(_schema)
 
 
-def _first_kernel(name: str, definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Loads the compiled kernel and calls it; the definition itself where there is none."""
+def _first_kernel(name: str) -> Callable[..., Any]:
+    """The compiled kernels, or the definition where there are none."""
+    definition = getattr(reference, name)
+    on_cuda = getattr(cuda, name, definition)
 
-    def kernel(tensor: Tensor, *args: Any) -> Tensor:
-        if tensor.device.type == "cpu" and build.load():
-            op: Callable[..., Tensor] = getattr(torch.ops.dst_ops, name).default
-            return op(tensor, *args)
-        with torch.autocast(tensor.device.type, enabled=False):  # sums in fp32, as in the compiled kernels
+    def kernel(tensor: Tensor, *args: Any) -> Any:
+        device = tensor.device.type
+        if device == "cpu" and name in IN_CPU_LIBRARY and build.load():
+            return getattr(torch.ops.dst_ops, name).default(tensor, *args)
+        with torch.autocast(device, enabled=False):  # sums in fp32, as in the compiled kernels
+            if device == "cuda" and build.load("cuda"):
+                return on_cuda(tensor, *args)
             return definition(tensor, *args)
 
     return kernel
 
 
-library.impl("linear", _first_kernel("linear", reference.linear), "CompositeExplicitAutograd")
-library.impl(
-    "linear_transposed", _first_kernel("linear_transposed", reference.linear_transposed), "CompositeExplicitAutograd"
-)
-library.impl("dvalues", _first_kernel("dvalues", reference.dvalues), "CompositeExplicitAutograd")
-library.impl("diagonal_sums", _first_kernel("diagonal_sums", reference.diagonal_sums), "CompositeExplicitAutograd")
+IN_CPU_LIBRARY = ("linear", "linear_transposed", "dvalues", "diagonal_sums")
+for _name in (*IN_CPU_LIBRARY, "linear_gelu"):
+    library.impl(_name, _first_kernel(_name), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("dst_ops::linear")
 def _(x: Tensor, values: Tensor, offsets: Tensor, out_features: int, band: int, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("dst_ops::linear_gelu")
+def _(
+    x: Tensor, values: Tensor, offsets: Tensor, out_features: int, band: int, bias: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], out_features))
+    return y, torch.empty_like(y) if keep else x.new_empty(0)
 
 
 @torch.library.register_fake("dst_ops::linear_transposed")
@@ -78,7 +90,10 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, offsets = ctx.saved_tensors
+    return _gradients(ctx, dy, *ctx.saved_tensors)
+
+
+def _gradients(ctx: Any, dy: Tensor, x: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor | None, ...]:
     ops, need = torch.ops.dst_ops, ctx.needs_input_grad
     dy = dy.contiguous()  # once, not in each of the two ops
     dx = ops.linear_transposed(dy, values, offsets, x.shape[-1], ctx.band) if need[0] else None
@@ -88,6 +103,20 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows = dy.reshape(-1, dy.shape[-1])
         dbias = rows.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
     return dx, dvalues, None, None, None, dbias
+
+
+def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, values, offsets, _, ctx.band, bias, ctx.keep = inputs
+    ctx.save_for_backward(x, values, offsets, output[1])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gelu_backward(ctx: Any, dy: Tensor, dbefore: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.keep:
+        raise RuntimeError("dst_ops.linear_gelu: keep is False, expected True where a gradient is taken")
+    x, values, offsets, before = ctx.saved_tensors
+    dbefore = dbefore + torch.ops.aten.gelu_backward(dy, before)
+    return (*_gradients(ctx, dbefore, x, values, offsets), None)
 
 
 def _transposed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -117,6 +146,7 @@ def _dvalues_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("dst_ops::linear", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd("dst_ops::linear_gelu", _gelu_backward, setup_context=_gelu_setup)
 torch.library.register_autograd("dst_ops::linear_transposed", _transposed_backward, setup_context=_transposed_setup)
 torch.library.register_autograd("dst_ops::dvalues", _dvalues_backward, setup_context=_dvalues_setup)
 
@@ -124,19 +154,23 @@ torch.library.register_autograd("dst_ops::dvalues", _dvalues_backward, setup_con
 def _vmap(op: Any, free_first: bool) -> Any:
     """A vmap rule: leading dimensions of the first tensor are free if nothing else is batched; otherwise a loop."""
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         dims = (*in_dims, *(None for _ in range(len(args) - len(in_dims))))
         if free_first and dims[0] is not None and all(d is None for d in dims[1:]):
-            return op(args[0].movedim(dims[0], 0), *args[1:]), 0
-        picked = [
-            [a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
-            for i in range(info.batch_size)
-        ]
-        return torch.stack([op(*one) for one in picked]), 0
+            result = op(args[0].movedim(dims[0], 0), *args[1:])
+            return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+        results = []
+        for i in range(info.batch_size):
+            one = [a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
+            results.append(op(*one))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
     return rule
 
 
 torch.library.register_vmap("dst_ops::linear", _vmap(torch.ops.dst_ops.linear, True))
+torch.library.register_vmap("dst_ops::linear_gelu", _vmap(torch.ops.dst_ops.linear_gelu, True))
 torch.library.register_vmap("dst_ops::linear_transposed", _vmap(torch.ops.dst_ops.linear_transposed, True))
 torch.library.register_vmap("dst_ops::dvalues", _vmap(torch.ops.dst_ops.dvalues, False))

@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import setuptools
+import torch
 
 import dst_train
+from tests.unit.ops.compilers import fake_compiler, fake_nvcc
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """A wheel built from a copy, so that nothing is left in the tree and nothing left in the tree gets in."""
-    folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+# What pip runs in the process that builds a wheel.
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])('out'), file=sys.stderr)"
+
+
+def _source(folder: Path) -> Path:
+    """A copy of the tree, so that a build leaves nothing in the tree and nothing left in the tree gets in."""
+    folder.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("dst_train", "ops", "tests/unit/monitor", "launch", "benchmarks"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", str(folder / "out"), str(folder)], check=True)
-    (built,) = (folder / "out").glob("*.whl")
+    return folder
+
+
+def _build(source: Path, hook: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command, changed = [sys.executable, "-c", BUILD, hook], {**os.environ, **env}
+    return subprocess.run(command, cwd=source, env=changed, capture_output=True, text=True)
+
+
+def _wheel(source: Path) -> zipfile.ZipFile:
+    (built,) = (source / "out").glob("*.whl")
     return zipfile.ZipFile(built)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel built where torch and (stand-ins for) both compilers are at hand."""
+    folder = tmp_path_factory.mktemp("wheel")
+    release = torch.version.cuda or "13.0"
+    fake_nvcc(folder / "toolkit", release)
+    env = {"CXX": str(fake_compiler(folder, seconds=0)), "CUDA_HOME": str(folder / "toolkit"), "DST_OPS_CUDA": ""}
+    done = _build(_source(folder / "source"), "build_wheel", DST_OPS_CACHE=str(folder / "cache"), **env)
+    assert done.returncode == 0, done.stderr
+    return _wheel(folder / "source")
 
 
 def _files(root: Path, parent: Path) -> set[str]:
@@ -43,8 +70,10 @@ def _files(root: Path, parent: Path) -> set[str]:
 
 def test_a_wheel_holds_both_packages_and_every_kernel_source(wheel):
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert packed == _files(ROOT / "dst_train", ROOT) | _files(ROOT / "ops/dst_ops", ROOT / "ops")
-    assert any(name.startswith("dst_ops/csrc/") and name.endswith(".cpp") for name in packed)
+    libraries = {name for name in packed if name.startswith("dst_ops/lib/")}
+    assert packed - libraries == _files(ROOT / "dst_train", ROOT) | _files(ROOT / "ops/dst_ops", ROOT / "ops")
+    for device, suffix in (("cpu", ".cpp"), ("cuda", ".cu")):
+        assert any(name.startswith(f"dst_ops/csrc/{device}/") and name.endswith(suffix) for name in packed)
 
 
 def test_a_wheel_says_version_licence_python_and_command(wheel):
@@ -57,6 +86,88 @@ def test_a_wheel_says_version_licence_python_and_command(wheel):
     assert any(requirement.startswith("torch>=2.11") for requirement in metadata.get_all("Requires-Dist", []))
     assert wheel.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert "dst-train = dst_train.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+
+
+def test_a_wheel_built_beside_torch_brings_the_libraries_for_any_python_of_the_platform(wheel):
+    libraries = {name: wheel.read(name) for name in wheel.namelist() if name.startswith("dst_ops/lib/")}
+    devices = ("cpu", "cuda") if torch.version.cuda else ("cpu",)
+    assert libraries == {f"dst_ops/lib/dst_ops_{device}.so": b"built\n" for device in devices}
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.filename.endswith(f"-py3-none-{platform}.whl")
+
+
+# Stands in the way of `import torch`, as an isolated build does.
+NO_TORCH = "import sys; sys.modules['torch'] = None"
+
+
+@pytest.mark.parametrize("hook", ["build_editable", "build_wheel"])
+def test_an_editable_or_isolated_build_goes_without_libraries(tmp_path, hook):
+    source = _source(tmp_path / "source")
+    (source / "sitecustomize.py").write_text(NO_TORCH)
+    path = {"PYTHONPATH": str(source)} if hook == "build_wheel" else {}
+    done = _build(source, hook, CXX="/bin/false", DST_OPS_CUDA="", **path)
+    assert done.returncode == 0, done.stderr
+    wheel = _wheel(source)
+    assert wheel.filename.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in wheel.namelist())
+    assert ("dst_ops/csrc/cpu/ops.cpp" in wheel.namelist()) == (hook == "build_wheel")
+
+
+def test_an_isolated_build_cannot_be_told_to_bring_the_cuda_library(tmp_path):
+    source = _source(tmp_path / "source")
+    (source / "sitecustomize.py").write_text(NO_TORCH)
+    done = _build(source, "build_wheel", PYTHONPATH=str(source), DST_OPS_CUDA="1")
+    assert done.returncode == 1
+    assert "DST_OPS_CUDA=1 needs torch where the wheel is built: pip wheel . --no-build-isolation" in done.stderr
+
+
+@pytest.fixture
+def libraries(tmp_path, monkeypatch):
+    """Builds the libraries as setup.py does, with an nvcc that is too old; returns their names."""
+    fake_nvcc(tmp_path / "toolkit", "1.0")
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, seconds=0)))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("DST_OPS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    command = runpy.run_path(str(ROOT / "setup.py"))["BuildLibraries"](setuptools.Distribution())
+    command.build_lib = str(tmp_path / "lib")
+
+    def build() -> list[str]:
+        command.run()
+        return sorted(Path(name).name for name in command.get_outputs())
+
+    return build
+
+
+def test_without_a_fitting_nvcc_the_wheel_goes_without_cuda_and_says_so(libraries, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("DST_OPS_CUDA", raising=False)
+    stale = tmp_path / "lib" / "dst_ops" / "lib" / "dst_ops_cuda.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    assert libraries() == ["dst_ops_cpu.so"]
+    assert "dst_ops: no cuda library: " in capsys.readouterr().err
+    monkeypatch.setenv("DST_OPS_CUDA", "0")
+    assert libraries() == ["dst_ops_cpu.so"]
+    assert "dst_ops: no cuda library" not in capsys.readouterr().err
+
+
+def test_a_cuda_library_that_was_asked_for_must_be_built(libraries, monkeypatch):
+    monkeypatch.setenv("DST_OPS_CUDA", "1")
+    with pytest.raises(OSError, match=r"is of CUDA 1\.0|is built without CUDA"):
+        libraries()
+
+
+def test_a_cpu_library_must_be_built(libraries, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(subprocess.CalledProcessError):
+        libraries()
+    assert "/bin/false" in capsys.readouterr().err
+
+
+def test_an_unclear_word_on_cuda_is_refused(libraries, monkeypatch):
+    monkeypatch.setenv("DST_OPS_CUDA", "yes")
+    with pytest.raises(ValueError, match="DST_OPS_CUDA is 'yes', expected 0 or 1"):
+        libraries()
 
 
 def test_the_names_of_the_package_are_those_of_its_parts():

@@ -23,7 +23,8 @@ CASES = [
 
 
 def dense(values: Tensor, units: list[int], out_features: int, in_features: int, band: int) -> Tensor:
-    weight = torch.zeros(out_features, in_features, dtype=torch.float64)
+    device, values = values.device, values.cpu()
+    weight = torch.zeros(out_features, in_features, dtype=torch.float64, device="cpu")
     for slot, unit in enumerate(units):
         for i in range(band):
             for j in range(min(out_features, in_features)):
@@ -32,18 +33,18 @@ def dense(values: Tensor, units: list[int], out_features: int, in_features: int,
                     ((j + offset) % out_features, j) if out_features >= in_features else (j, (j + offset) % in_features)
                 )
                 weight[at] += values[slot * band + i, j].double()
-    return weight
+    return weight.to(device)
 
 
 def case(
     m: int, n: int, active: int, band: int, dtype: torch.dtype, batch: tuple[int, ...] = (5,), seed: int = 0
 ) -> dict:
-    """x, values, offsets (in random order), bias, dy and the sizes."""
-    g = torch.Generator().manual_seed(seed)
-    units = torch.randperm(max(m, n) // band, generator=g)[:active]
+    """x, values, offsets (in random order), bias, dy and the sizes; the same numbers on every device."""
+    g, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
+    units = torch.randperm(max(m, n) // band, generator=g, device="cpu")[:active].to(device)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu").to(device, dtype)
 
     return {
         "x": draw(*batch, n), "values": draw(active * band, min(m, n)), "offsets": units.int(), "bias": draw(m),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,31 +15,16 @@ import pytest
 import torch
 
 from dst_ops import build
+from tests.unit.ops.compilers import calls, commands, fake_compiler, fake_nvcc
 from tests.unit.ops.process import environment, python
 
-# Stands for a compiler: notes the call, takes a moment and writes whatever it was asked to write.
-COMPILER = """#!/bin/sh
-for argument; do
-  case $previous in -o) output=$argument ;; -c) [ -f "$argument" ] || exit 1 ;; esac
-  previous=$argument
-done
-echo "$output" >> {log}
-sleep {seconds}
-echo built > "$output"
-"""
 BUILD = "from dst_ops import build; print(build.build())"
 
 
-def _compiler(folder: Path, name: str = "compiler", seconds: float = 0.2) -> Path:
-    path = folder / name
-    path.write_text(COMPILER.format(log=folder / f"{name}.log", seconds=seconds))
-    path.chmod(0o755)
-    return path
-
-
-def _calls(compiler: Path) -> list[str]:
-    log = compiler.with_name(f"{compiler.name}.log")
-    return log.read_text().split() if log.exists() else []
+def _forget(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """As if this process had not used the library yet."""
+    fresh = dataclasses.replace(build._libraries[device], loaded=None, error=None)
+    monkeypatch.setitem(build._libraries, device, fresh)
 
 
 def test_import_is_light(tmp_path: Path) -> None:
@@ -54,7 +41,7 @@ print(dst_ops.backend_report())
 
 
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
-    compiler, cache = _compiler(tmp_path), tmp_path / "cache"
+    compiler, cache = fake_compiler(tmp_path), tmp_path / "cache"
     env = environment(CXX=str(compiler), DST_OPS_CACHE=str(cache))
     processes = [
         subprocess.Popen([sys.executable, "-c", BUILD], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
@@ -63,23 +50,23 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(printed) == 1
     assert Path(printed.pop().strip()).read_text() == "built\n"
-    assert len(_calls(compiler)) == len(set(_calls(compiler)))
-    assert _calls(compiler).count("library.so") == 1
+    assert len(calls(compiler)) == len(set(calls(compiler)))
+    assert calls(compiler).count("library.so") == 1
     assert sorted(p.suffix for p in cache.iterdir()) == ["", ".so"]  # the lock and the library: nothing half built
 
 
 def test_a_killed_build_does_not_block_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, cache = _compiler(tmp_path, "slow", seconds=60), tmp_path / "cache"
+    slow, cache = fake_compiler(tmp_path, "slow", seconds=60), tmp_path / "cache"
     env = environment(CXX=str(slow), DST_OPS_CACHE=str(cache))
     first = subprocess.Popen([sys.executable, "-c", BUILD], env=env, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
-        while not _calls(slow):
+        while not calls(slow):
             assert first.poll() is None
             time.sleep(0.05)
         first.kill()
         first.wait()
         monkeypatch.setenv("DST_OPS_CACHE", str(cache))
-        monkeypatch.setenv("CXX", str(_compiler(tmp_path, "quick", seconds=0)))
+        monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, "quick", seconds=0)))
         assert build.build().read_text() == "built\n"
     finally:
         os.killpg(first.pid, signal.SIGKILL)  # the compilers it started
@@ -89,12 +76,12 @@ def test_folders_may_have_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     sources = tmp_path / "my $sources: 1"
     (sources / "cpu").mkdir(parents=True)
     (sources / "cpu" / "ops.cpp").touch()
-    compiler = _compiler(tmp_path, seconds=0)
+    compiler = fake_compiler(tmp_path, seconds=0)
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("DST_OPS_CACHE", str(tmp_path / "my cache"))
     monkeypatch.setenv("CXX", str(compiler))
     assert build.build().is_file()
-    assert _calls(compiler) == ["ops.o", "library.so"]
+    assert calls(compiler) == ["ops.o", "library.so"]
 
 
 def test_the_library_is_named_by_sources_compiler_and_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +91,7 @@ def test_the_library_is_named_by_sources_compiler_and_torch(tmp_path: Path, monk
     names.add(build.library_path())
     monkeypatch.setattr(torch, "__version__", "0")
     names.add(build.library_path())
-    (tmp_path / "source.cpp").write_text("int x;")
+    (tmp_path / "cpu").mkdir()
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     names.add(build.library_path())
     assert len(names) == 4
@@ -184,9 +171,165 @@ def test_without_a_compiler_it_can_be_an_error(tmp_path: Path) -> None:
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _forget(monkeypatch, "cpu")
     monkeypatch.setenv("DST_OPS_ISA", "sse9")
     with pytest.raises(ValueError, match="DST_OPS_ISA is 'sse9', expected portable, avx2 or avx512"):
-        build._load()
+        build.load()
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CUDA toolkit of torch's release, small sources for both devices, and nothing else that could be found."""
+    sources = tmp_path / "csrc"
+    for name in ("diagonal.h", "cpu/ops.cpp", "cuda/ops.cu", "cuda/sums.cu", "cuda/sums.cuh"):
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / name).touch()
+    fake_nvcc(tmp_path / "toolkit", "13.0")
+    for name in ("CUDA_PATH", "CXX", "DST_OPS_CUDA_ARCHS", "DST_OPS_REQUIRE_FUSED", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("DST_OPS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "DEFAULT_NVCC", str(tmp_path / "default" / "bin" / "nvcc"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    _forget(monkeypatch, "cuda")
+    return tmp_path / "toolkit"
+
+
+def test_nvcc_compiles_each_file_for_each_chip(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "my $compiler")
+    assert build.build("cuda").read_text() == "built\n"
+    assert sorted(calls(toolkit / "compiler")) == ["library.so", "ops.o", "sums.o"]
+    *compiling, linking = commands(toolkit)
+    for command in compiling:
+        assert "-Xcompiler -fPIC,-fvisibility=hidden,-Wall" in command
+        assert [word.removeprefix("-gencode=") for word in command.split() if word.startswith("-gencode")] == [
+            "arch=compute_80,code=sm_80",
+            "arch=compute_80,code=compute_80",
+            "arch=compute_90a,code=sm_90a",
+        ]
+    assert linking.endswith("-cudart static -ltorch_cpu -ltorch_cuda")
+    assert all(command.startswith("-ccbin my $compiler ") for command in (*compiling, linking))
+
+
+def test_the_chips_can_be_chosen(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {build.library_path("cuda")}
+    for listed, expected in (("80", ["80,code=sm_80"]), ("120+PTX", ["120,code=sm_120", "120,code=compute_120"])):
+        monkeypatch.setenv("DST_OPS_CUDA_ARCHS", listed)
+        assert build._chips() == [f"-gencode=arch=compute_{chip}" for chip in expected]
+        names.add(build.library_path("cuda"))
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("listed", ["ampere", "80,90", "80;", "8.0", "80+ptx"])
+def test_chips_that_are_none_are_refused(toolkit: Path, monkeypatch: pytest.MonkeyPatch, listed: str) -> None:
+    monkeypatch.setenv("DST_OPS_CUDA_ARCHS", listed)
+    with pytest.raises(ValueError, match=re.escape(f"DST_OPS_CUDA_ARCHS is {listed!r}, expected chips such as")):
+        build.load("cuda")
+
+
+def test_where_nvcc_is_looked_for(tmp_path: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, on_path, default = (tmp_path / name for name in ("other", "on_path", "default"))
+    monkeypatch.setenv("CUDA_PATH", str(other))
+    monkeypatch.setenv("PATH", f"{on_path / 'bin'}:{os.environ['PATH']}")
+    for place in (other, on_path, default):
+        fake_nvcc(place, "13.0")
+    assert build._nvcc()[0] == toolkit / "bin" / "nvcc"
+    monkeypatch.delenv("CUDA_HOME")
+    assert build._nvcc()[0] == other / "bin" / "nvcc"
+    monkeypatch.delenv("CUDA_PATH")
+    assert build._nvcc()[0] == on_path / "bin" / "nvcc"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build._nvcc()[0] == default / "bin" / "nvcc"
+    (default / "bin" / "nvcc").unlink()
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    expected = f"there is none of: /nowhere/bin/nvcc, nvcc on PATH, {default}/bin/nvcc; install the CUDA toolkit 13 and"
+    with pytest.raises(FileNotFoundError, match=re.escape(expected)):
+        build.library_path("cuda")
+
+
+@pytest.mark.parametrize(("release", "named"), [("12.8", "12.8"), ("unknown", "(no release named)")])
+def test_an_nvcc_of_another_major_release_is_refused(
+    tmp_path: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch, release: str, named: str
+) -> None:
+    nvcc = fake_nvcc(tmp_path / "another", release)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "another"))
+    expected = (
+        f"{nvcc} is of CUDA {named}, torch {torch.__version__} of CUDA 13.0; "
+        "install the CUDA toolkit 13 and set CUDA_HOME to it"
+    )
+    with pytest.raises(OSError, match=re.escape(expected)):
+        build.build("cuda")
+
+
+def test_another_minor_release_of_nvcc_will_do_and_names_the_library(
+    tmp_path: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build.library_path("cuda")
+    fake_nvcc(tmp_path / "minor", "13.2")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "minor"))
+    assert build.library_path("cuda") != first
+
+
+def test_a_torch_without_cuda_warns_once_and_the_reference_serves(
+    toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.warns(UserWarning, match="which forms the dense weight for each call") as caught:
+        assert not build.load("cuda")
+    assert not build.load("cuda")  # a second warning would be an error
+    message = str(caught[0].message)
+    assert "the CUDA kernels could not be built or loaded" in message
+    assert "Install the CUDA toolkit (nvcc) of torch's major version and set CUDA_HOME" in message
+    assert "is built without CUDA" in message
+    assert build.status("cuda") == (None, message[message.index(f"torch {torch.__version__}") :])
+
+
+def test_a_torch_without_cuda_can_be_an_error(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("DST_OPS_REQUIRE_FUSED", "1")
+    with pytest.raises(RuntimeError, match=r"the CUDA kernels could not be built or loaded: torch .* without CUDA"):
+        build.load("cuda")
+
+
+def test_each_library_is_named_by_its_own_sources(toolkit: Path) -> None:
+    def changed(name: str) -> tuple[bool, bool]:
+        before = build.library_path("cpu"), build.library_path("cuda")
+        (build.SOURCES / name).write_text("changed")
+        return build.library_path("cpu") != before[0], build.library_path("cuda") != before[1]
+
+    assert changed("cpu/ops.cpp") == (True, False)
+    assert changed("cuda/ops.cu") == (False, True)
+    assert changed("cuda/sums.cuh") == (False, True)
+    assert changed("diagonal.h") == (True, True)
+    assert changed("cuda/notes.md") == (False, False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_library_of_the_package_is_taken_without_a_compiler(
+    tmp_path: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    loaded: list[str] = []
+    shipped = tmp_path / f"dst_ops_{device}.so"
+    shipped.touch()
+    _forget(monkeypatch, device)
+    monkeypatch.setattr(build, "SHIPPED", tmp_path)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert build.load(device)
+    assert loaded == [str(shipped)]
+    assert build.status(device) == (shipped, None)
+    assert build.library_path(device) == shipped
+
+
+def test_max_jobs_limits_how_many_files_are_compiled_at_once(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", "one")
+    with pytest.raises(subprocess.CalledProcessError) as caught:  # by what ninja says of a wrong number
+        build.build("cuda")
+    assert "invalid -j parameter" in caught.value.stdout
+    monkeypatch.setenv("MAX_JOBS", "1")
+    assert build.build("cuda").is_file()
 
 
 RESULTS_PER_CASE, Y, DX = 4, 0, 1

@@ -114,6 +114,7 @@ def test_sums_along_diagonals(rows: int, m: int, n: int, first_row: int) -> None
     torch.library.opcheck(torch.ops.dst_ops.diagonal_sums.default, (block, first_row, m))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("block", "first_row", "message"),
     [

@@ -1,0 +1,157 @@
+// What the launchers share: checks, the device and its stream, shared memory, a type for a dtype.
+//
+// Nothing here reads from the device, so that every op can be captured in a CUDA graph.
+#pragma once
+
+#ifndef DST_OPS_EMULATED
+#define USE_CUDA 1  // before torch's headers: they declare the stream for it
+#endif
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "geometry.h"
+#include "numbers.h"
+
+namespace dst_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#ifdef DST_OPS_EMULATED
+#define DST_OPS_DEVICE CPU
+struct Device {
+  explicit Device(const Tensor&) {}
+  int stream = 0;
+  int shared_memory = emulator_shared_memory();
+  int64_t processors = 132;
+};
+template <typename K>
+void allow_shared(K, int) {}
+inline void check_launch() {}
+#else
+#define DST_OPS_DEVICE CUDA
+// Makes the tensor's device current while it lives.
+struct Device {
+  explicit Device(const Tensor& t) : guard(t.get_device_index()) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index()));
+    shared_memory = value;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, t.get_device_index()));
+    processors = value;
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+  int shared_memory;
+  int64_t processors;
+};
+// More than 48 KiB must be asked for, for each kernel and device.
+template <typename K>
+void allow_shared(K kernel, int bytes) {
+  if (bytes > 48 * 1024) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+inline void check_launch() { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+#endif
+
+// Blocks that are aimed at where work can be cut freely: twice the processors of an H100. The same on every device, so that
+// sums have one order everywhere.
+constexpr int64_t many_blocks = 264;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half; }
+
+// Contiguous, and where a row of 16-byte pieces can begin.
+inline Tensor packed_rows(const Tensor& t) {
+  const Tensor c = torch::stable::contiguous(t);
+  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c);
+}
+
+template <typename T>
+const T* read(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <typename T>
+T* write(Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+inline int64_t features(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) >= 1, "dst_ops: x and dy must be [..., features] with at least one feature");
+  return t.size(t.dim() - 1);
+}
+
+inline Sizes sizes(int64_t tokens, int64_t in, int64_t out, const Tensor& offsets, int64_t band) {
+  const int64_t longer = std::max(in, out);
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Int && offsets.is_contiguous(), "dst_ops: offsets must be int32 of one dimension, contiguous");
+  STD_TORCH_CHECK(out >= 1 && longer <= int64_t(1) << 23, "dst_ops: max(in_features, out_features) is ", longer, ", expected 1 to 2^23");
+  STD_TORCH_CHECK(band >= 1 && longer % band == 0, "dst_ops: band ", band, " must divide ", longer);
+  STD_TORCH_CHECK(offsets.numel() >= 1 && offsets.numel() <= longer / band, "dst_ops: offsets names ", offsets.numel(), " units, expected 1 to ", longer / band);
+  return {tokens, int(in), int(out), int(longer), int(std::min(in, out)), int(offsets.numel()), int(band)};
+}
+
+inline void check_values(const Tensor& values, const Tensor& offsets, const Tensor& x, const Sizes& s) {
+  const int64_t diagonals = int64_t(s.units) * s.band;
+  STD_TORCH_CHECK(values.dim() == 2 && values.size(0) == diagonals && values.size(1) == s.shorter, "dst_ops: values must be [", diagonals, ", ", s.shorter, "]");
+  STD_TORCH_CHECK(values.scalar_type() == x.scalar_type(), "dst_ops: values and x must have one dtype");
+  STD_TORCH_CHECK(values.device() == x.device() && offsets.device() == x.device(), "dst_ops: values and offsets must be on the device of x");
+}
+
+// The result of a product and what its epilogue adds, applies and keeps.
+struct Output {
+  Tensor y;
+  std::optional<Tensor> bias, before;
+  bool gelu;
+};
+
+inline Output output(const Tensor& x, int64_t out, const std::optional<Tensor>& bias, bool gelu, const std::optional<Tensor>& before) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out;
+  Output result{torch::stable::new_empty(x, shape), {}, before, gelu};
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out && bias->scalar_type() == x.scalar_type() && bias->device() == x.device(),
+                    "dst_ops: bias must be [", out, "] in the dtype and on the device of x");
+    result.bias = torch::stable::contiguous(*bias);
+  }
+  if (before)
+    STD_TORCH_CHECK(before->is_contiguous() && before->numel() == result.y.numel() && before->scalar_type() == x.scalar_type(), "dst_ops: before must be like y");
+  return result;
+}
+template <typename T>
+const T* bias_of(const Output& o) { return o.bias ? read<T>(*o.bias) : nullptr; }
+template <typename T>
+T* before_of(Output& o) { return o.before ? write<T>(*o.before) : nullptr; }
+
+// The two tensors of a gradient, by the side that they are on, as [tokens, features].
+struct Sides {
+  Tensor shorter, longer;
+  Sizes s;
+};
+
+inline Sides sides(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t band) {
+  const int64_t m = features(dy), n = features(x), tokens = x.numel() / n;
+  STD_TORCH_CHECK(dy.numel() / m == tokens, "dst_ops: dy and x must have as many rows");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dst_ops: dy and x must have one dtype");
+  STD_TORCH_CHECK(dy.device() == x.device() && offsets.device() == x.device(), "dst_ops: dy and offsets must be on the device of x");
+  Tensor a = packed_rows(dy), b = packed_rows(x);
+  return {m >= n ? b : a, m >= n ? a : b, sizes(tokens, n, m, offsets, band)};
+}
+
+// Calls f with a value of the kernel's type for a dtype.
+template <typename F>
+void for_half(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::BFloat16) f(__nv_bfloat16());
+  else if (dtype == ScalarType::Half) f(__half());
+  else STD_TORCH_CHECK(false, "dst_ops: dtype must be bfloat16 or float16");
+}
+template <typename F>
+void for_type(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Float) f(float());
+  else for_half(dtype, f);
+}
+
+}  // namespace dst_ops

@@ -1,0 +1,63 @@
+// What is not plain C++. Tests compile the same kernels and launchers for the host: everything that differs is here and in
+// tests/gpu/emulator/cuda_emulator.h, which provides the same names.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef DST_OPS_EMULATED
+#include "cuda_emulator.h"
+#else
+#include <assert.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define DST_OPS_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DST_OPS_LAUNCH(kernel, grid, block, bytes, stream, ...) kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
+// Stops the grid: reading the number on the host instead would wait for the device at every call.
+#define DST_OPS_ASSERT(condition, message) assert((condition) && message)
+
+namespace dst_ops {
+
+__device__ __forceinline__ uint4 load_shared(const void* p) { return *static_cast<const uint4*>(p); }
+
+// D[16 x 8] += A[16 x 16] B[16 x 8], sums in fp32; fragments as in the PTX manual, "mma.m16n8k16 with floating point".
+#define DST_OPS_MMA(type, name)                                                                                                  \
+  __device__ __forceinline__ void mma_k16(type, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                \
+  }                                                                                                                              \
+  __device__ __forceinline__ void mma_k8(type, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {                            \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"           \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                \
+                 : "r"(a0), "r"(a1), "r"(b));                                                                                    \
+  }
+DST_OPS_MMA(__nv_bfloat16, "bf16")
+DST_OPS_MMA(__half, "f16")
+#undef DST_OPS_MMA
+
+// Bytes in shared memory: half the registers of a pointer.
+typedef uint32_t SharedAddress;
+__device__ __forceinline__ SharedAddress shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// 8 x 8 matrices of 16-bit elements: lane i gives the address of row i % 8 of matrix i / 8 (16 bytes, aligned).
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(p));
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], SharedAddress p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(p));
+}
+
+// Copies 16 bytes to shared memory in the background, or writes zeros and reads nothing.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool present) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(present ? 16 : 0));
+}
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;"); }
+// Until at most `Left` of this thread's groups are on their way.
+template <int Left>
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(Left)); }
+
+}  // namespace dst_ops
+#endif

@@ -1,0 +1,87 @@
+"""The CUDA kernels and their launchers, compiled for the host and put where the CPU's kernels are: see emulator/."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dst_ops
+from dst_ops import build, cuda
+
+EMULATOR = Path(__file__).parent / "emulator"
+SOURCES = build.SOURCES / "cuda"
+FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
+    *("-DDST_OPS_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+)
+COUNTERS = ("shared_loads", "shared_waves", "mma_k16", "mma_k8")
+OPS = ("linear", "linear_gelu", "linear_transposed", "dvalues")
+
+available = platform.machine() == "x86_64"  # its fibers are switched by a few lines of assembly
+
+
+def compile_library(sources: Path, to: Path, *options: str) -> None:
+    root, compiler = Path(torch.__file__).parent, os.environ.get("CXX", "c++").split()
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+        running, objects = [], []
+        for source in (EMULATOR / "cuda_emulator.cpp", *sorted(sources.glob("*.cu"))):
+            objects.append(f"{folder}/{source.stem}.o")
+            command = [*compiler, "-x", "c++", *FLAGS, *options, f"-I{EMULATOR}", "-isystem", str(root / "include")]
+            running.append(subprocess.Popen([*command, "-c", str(source), "-o", objects[-1]]))
+        assert [process.wait() for process in running] == [0] * len(running)
+        whole = f"{folder}/library.so"
+        subprocess.run([*compiler, "-shared", *objects, "-o", whole, f"-L{root / 'lib'}", "-ltorch_cpu"], check=True)
+        os.replace(whole, to)
+
+
+def library() -> Path:
+    """Compiled for the first run after a change, then taken from the cache of built libraries."""
+    key = hashlib.sha256(repr((FLAGS, torch.__version__, os.environ.get("CXX"))).encode())
+    for path in (*sorted(SOURCES.iterdir()), *sorted(EMULATOR.iterdir())):
+        key.update(path.read_bytes())
+    path = build.cache() / f"dst_ops_emulated-{key.hexdigest()[:16]}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        compile_library(SOURCES, path)
+    return path
+
+
+class Emulator:
+    """Serves the CPU's tensors from now on in this process."""
+
+    def __init__(self, path: Path) -> None:
+        assert dst_ops.load()  # before ours: what is registered last serves
+        torch.ops.load_library(str(path))
+        self._library = ctypes.CDLL(str(path))
+        self._registered = torch.library.Library("dst_ops", "IMPL")
+        with warnings.catch_warnings():  # torch 2.11 mentions an override also where it is allowed
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            for name in OPS:
+                self._registered.impl(name, _without_autocast(getattr(cuda, name)), "CPU", allow_override=True)
+
+    def set(self, *, order: int = 0, count_banks: bool = False) -> None:
+        """order: in which threads run: 0 forwards, 1 backwards, 2 mixed."""
+        self._library.dst_ops_emulator_set(order, int(count_banks))
+
+    def counts(self) -> dict[str, int]:
+        """Since the last call."""
+        numbers = (ctypes.c_int64 * len(COUNTERS))()
+        self._library.dst_ops_emulator_counts(numbers)
+        return dict(zip(COUNTERS, numbers, strict=True))
+
+
+def _without_autocast(function: Any) -> Any:
+    def kernel(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return kernel

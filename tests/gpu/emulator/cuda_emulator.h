@@ -1,0 +1,236 @@
+// Runs CUDA kernels on the host, to test them without a GPU: a fiber for each thread, one block after the other.
+//
+// Provides the names that ops/dst_ops/csrc/cuda/platform.h takes from CUDA, and nothing of CUDA is needed. Shared memory starts
+// as NaNs. Copies in the background are made as late as the program allows, or at once, by the order in which threads run. What
+// hardware would do wrong without a word is an error here: threads at different barriers, addresses that are not aligned.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct float2 { float x, y; };
+inline uint4 make_uint4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {a, b, c, d}; }
+inline float __uint_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+
+struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct __half { uint16_t bits; };
+struct __half2 { __half x, y; };
+inline float __bfloat162float(__nv_bfloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float v) { return {c10::BFloat16(v).x}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline float __half2float(__half v) { return c10::Half(v.bits, c10::Half::from_bits()); }
+inline __half __float2half_rn(float v) { return {c10::Half(v).x}; }
+inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
+inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define DST_OPS_SHARED(name) unsigned char* name = emulator::shared_memory()
+#define DST_OPS_LAUNCH(kernel, grid, block, bytes, stream, ...) \
+  do { (void)(stream); emulator::launch(grid, block, bytes, [&] { kernel(__VA_ARGS__); }); } while (false)
+#define DST_OPS_ASSERT(condition, message) do { if (!(condition)) emulator::fail(message); } while (false)
+#define threadIdx (emulator::current->thread)
+#define blockIdx (emulator::state.block)
+#define blockDim (emulator::state.block_size)
+#define gridDim (emulator::state.grid_size)
+
+extern "C" void dst_ops_emulator_switch(void** save, void* load);
+
+namespace emulator {
+
+struct Copy { void* to; const void* from; bool present; };
+struct Warp {
+  int arrived = 0;
+  unsigned passed = 0;
+  alignas(16) unsigned char deposit[32][32];
+};
+struct Fiber {
+  dim3 thread;
+  void* stack_pointer;
+  char* stack;
+  bool done;
+  int lane;
+  Warp* warp;
+  std::vector<std::vector<Copy>> copies;  // groups, the last of them open
+};
+enum Counter { shared_loads, shared_waves, mma_k16, mma_k8, counters };
+struct State {
+  dim3 block, block_size, grid_size;
+  std::vector<unsigned char> memory;
+  size_t memory_bytes;
+  int arrived, threads;
+  unsigned passed;
+  void* host;
+  std::function<void()> body;
+  std::string error;
+  int order = 0;             // in which threads run: 0 forwards, 1 backwards, 2 mixed, and copies at once
+  bool count_banks = false;  // slower
+  int64_t counts[counters] = {};
+};
+extern State state;
+extern Fiber* current;
+
+void launch(dim3 grid, dim3 block, size_t bytes, std::function<void()> body);
+void fail(const char* message);  // ends the launch, which throws
+inline unsigned char* shared_memory() { return state.memory.data() + (128 - reinterpret_cast<uintptr_t>(state.memory.data()) % 128) % 128; }
+inline void yield() { dst_ops_emulator_switch(&current->stack_pointer, state.host); }
+
+inline void barrier(int& arrived, unsigned& passed, int threads) {
+  const unsigned before = passed;
+  if (++arrived == threads) arrived = 0, ++passed;
+  else while (passed == before) yield();
+}
+
+// Every lane deposits something, then reads what it needs of all 32.
+template <typename T, typename F>
+auto together(const T& mine, const F& of) {
+  static_assert(sizeof(T) <= 32);
+  Warp* w = current->warp;
+  memcpy(w->deposit[current->lane], &mine, sizeof(T));
+  barrier(w->arrived, w->passed, 32);
+  auto result = of([w](int lane) { T v; memcpy(&v, w->deposit[lane], sizeof(T)); return v; });
+  barrier(w->arrived, w->passed, 32);
+  return result;
+}
+
+inline void check_shared(const void* p, size_t bytes, const char* message) {
+  const auto* c = static_cast<const unsigned char*>(p);
+  if (c < shared_memory() || c + bytes > shared_memory() + state.memory_bytes || reinterpret_cast<uintptr_t>(p) % bytes) fail(message);
+}
+
+// Waves of 8 lanes reading 16 bytes each: as many as pieces that differ and lie in the same 4 of the 32 banks.
+template <typename F>
+void count_waves(const F& address, int lanes) {
+  for (int first = 0; first < lanes; first += 8) {
+    size_t most = 0;
+    for (uintptr_t bank = 0; bank < 8; ++bank) {
+      std::vector<uintptr_t> pieces;
+      for (int i = first; i < first + 8; ++i) {
+        const uintptr_t piece = address(i) / 16;
+        if (piece % 8 == bank && std::find(pieces.begin(), pieces.end(), piece) == pieces.end()) pieces.push_back(piece);
+      }
+      most = std::max(most, pieces.size());
+    }
+    state.counts[shared_waves] += most;
+    ++state.counts[shared_loads];
+  }
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::barrier(emulator::state.arrived, emulator::state.passed, emulator::state.threads); }
+inline void __syncwarp() { emulator::barrier(emulator::current->warp->arrived, emulator::current->warp->passed, 32); }
+inline unsigned __ballot_sync(unsigned, bool v) {
+  return emulator::together(v, [](auto at) { unsigned mask = 0; for (int i = 0; i < 32; ++i) mask |= unsigned(at(i)) << i; return mask; });
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T v, int mask) { return emulator::together(v, [mask](auto at) { return at(emulator::current->lane ^ mask); }); }
+
+namespace dst_ops {
+
+inline int emulator_shared_memory() { return 227 * 1024; }  // what a block of an H100 may ask for
+
+inline uint4 load_shared(const void* p) {
+  emulator::check_shared(p, 16, "load_shared: not 16 aligned bytes of shared memory");
+  if (emulator::state.count_banks)
+    emulator::together(reinterpret_cast<uintptr_t>(p), [](auto at) { if (emulator::current->lane == 0) emulator::count_waves(at, 32); return 0; });
+  return *static_cast<const uint4*>(p);
+}
+
+template <typename T>
+float element(uint32_t u, int half, T) {
+  T v;
+  v.bits = half ? u >> 16 : u & 0xffff;
+  if constexpr (std::is_same<T, __half>::value) return __half2float(v);
+  else return __bfloat162float(v);
+}
+
+struct Fragments { uint32_t a[4], b[2]; };
+
+// Steps: halves of k, 8 each. Registers as in the PTX manual: a[0], a[1] rows 0-7 and 8-15 of the first 8 columns.
+template <typename T>
+void mma(T, float (&d)[4], const Fragments& mine, int steps) {
+  emulator::together(mine, [&](auto at) {
+    const int row = emulator::current->lane / 4, column = emulator::current->lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) {
+      float sum = 0;
+      for (int k = 0; k < 8 * steps; ++k)
+        sum += element(at(row * 4 + k % 8 / 2).a[i / 2 + k / 8 * 2], k % 2, T()) * element(at((column + i % 2) * 4 + k % 8 / 2).b[k / 8], k % 2, T());
+      d[i] += sum;
+    }
+    if (emulator::current->lane == 0) ++emulator::state.counts[steps == 2 ? emulator::mma_k16 : emulator::mma_k8];
+    return 0;
+  });
+}
+template <typename T>
+void mma_k16(T, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(T(), d, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, 2); }
+template <typename T>
+void mma_k8(T, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) { mma(T(), d, {{a0, a1, 0, 0}, {b, 0}}, 1); }
+
+template <int N>
+void matrices(uint32_t (&r)[N], const void* p, bool transposed) {
+  emulator::together(p, [&](auto at) {
+    const int lane = emulator::current->lane;
+    if (lane == 0) {
+      for (int i = 0; i < 8 * N; ++i) emulator::check_shared(at(i), 16, "load_matrices: not 16 aligned bytes of shared memory");
+      if (emulator::state.count_banks) emulator::count_waves([&](int i) { return reinterpret_cast<uintptr_t>(at(i)); }, 8 * N);
+    }
+    for (int m = 0; m < N; ++m) {
+      uint16_t pair[2];
+      for (int e = 0; e < 2; ++e) {
+        const int row = transposed ? lane % 4 * 2 + e : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + e;
+        pair[e] = static_cast<const uint16_t*>(at(m * 8 + row))[column];
+      }
+      memcpy(&r[m], pair, 4);
+    }
+    return 0;
+  });
+}
+typedef uintptr_t SharedAddress;
+inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+inline void load_matrices(uint32_t (&r)[4], SharedAddress p) { matrices(r, reinterpret_cast<const void*>(p), false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress p) { matrices(r, reinterpret_cast<const void*>(p), true); }
+
+inline void make_copy(const emulator::Copy& c) {
+  if (c.present) memcpy(c.to, c.from, 16);
+  else memset(c.to, 0, 16);
+}
+inline void copy_async(void* shared, const void* global, bool present) {
+  emulator::check_shared(shared, 16, "copy_async: not 16 aligned bytes of shared memory");
+  if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("copy_async: a global address that is not aligned");
+  const emulator::Copy copy{shared, global, present};
+  if (emulator::state.order == 2) make_copy(copy);
+  else emulator::current->copies.back().push_back(copy);
+}
+inline void copies_commit() { emulator::current->copies.emplace_back(); }
+template <int Left>
+void copies_wait() {
+  auto& groups = emulator::current->copies;
+  while (groups.size() > Left + 1) {  // the open group does not count
+    for (const auto& c : groups.front()) make_copy(c);
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace dst_ops

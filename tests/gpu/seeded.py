@@ -1,0 +1,107 @@
+"""Parity of emulated kernels on a few small cases, in a process of its own.
+
+python -m tests.gpu.seeded LIBRARY CHECK...    prints what fails in which order of threads; 1 if anything does
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dst_ops import reference, registration  # noqa: F401  (registers torch.ops.dst_ops)
+
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+
+
+def _integers(g: torch.Generator, *shape: int) -> Tensor:
+    """-2 ... 2: every sum is exact in fp32, whatever the order. So results must be equal to the last bit."""
+    return torch.randint(-2, 3, shape, generator=g).double()
+
+
+def _draw(m: int, n: int, units: int, band: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, values, offsets, bias, dy."""
+    g = torch.Generator().manual_seed(m + 3 * n + 5 * units)
+    offsets = torch.randperm(max(m, n) // band, generator=g)[:units].int()
+    numbers = [_integers(g, *shape) for shape in ((tokens, n), (units * band, min(m, n)), (m,), (tokens, m))]
+    return numbers[0], numbers[1], offsets, numbers[2], numbers[3]
+
+
+def _product(kernel: str, m: int, n: int, units: int, band: int, tokens: int, dtype: torch.dtype) -> bool:
+    x, values, offsets, bias, _ = _draw(m, n, units, band, tokens)
+    op = getattr(torch.ops.dst_ops, f"cuda_{kernel}")
+    y = op(x.to(dtype), values.to(dtype), offsets, m, band, m >= n, bias.to(dtype), False, None)
+    return torch.equal(y, reference.linear(x, values, offsets, m, band, bias).to(dtype))
+
+
+def _gradient(kernel: str, m: int, n: int, units: int, band: int, tokens: int, dtype: torch.dtype) -> bool:
+    x, _, offsets, _, dy = _draw(m, n, units, band, tokens)
+    op = getattr(torch.ops.dst_ops, f"cuda_{kernel}_dvalues")
+    return torch.equal(op(dy.to(dtype), x.to(dtype), offsets, band), reference.dvalues(dy, x, offsets, band).float())
+
+
+def _dense(m: int, n: int, units: int, band: int, dtype: torch.dtype) -> bool:
+    _, values, offsets, _, _ = _draw(m, n, units, band, 1)
+    weight = torch.ops.dst_ops.cuda_weight(values.to(dtype), offsets, m, n, band)
+    back = torch.ops.dst_ops.cuda_diagonals(weight.float(), offsets, band)
+    return torch.equal(weight, reference.to_dense(values, offsets, m, n, band).to(dtype)) and torch.equal(
+        back, values.float()
+    )
+
+
+# Few tokens: slices of the diagonals. More than 96 diagonals: a warp's list is still written to in its last round.
+CHECKS: dict[str, list[Callable[[], bool]]] = {
+    "scalar_product": [
+        partial(_product, "scalar", *case)
+        for case in (
+            (120, 90, 110, 1, 40, FLOAT),
+            (90, 120, 110, 1, 40, BF16),
+            (70, 40, 24, 1, 3, HALF),
+            (40, 72, 6, 4, 3, FLOAT),
+        )
+    ],
+    "scalar_gradient": [
+        partial(_gradient, "scalar", *case) for case in ((70, 40, 30, 1, 20, FLOAT), (40, 70, 30, 1, 21, BF16))
+    ],
+    "scalar_splits": [partial(_gradient, "scalar", 40, 70, 3, 1, 260, BF16)],
+    "band_resident": [
+        partial(_product, "band", *case, tokens, dtype)
+        for tokens, dtype in ((3, BF16), (40, HALF))
+        for case in ((96, 64, 3, 8), (64, 96, 3, 16), (192, 128, 2, 32), (64, 192, 2, 64))
+    ],
+    # So many features that a tile of tokens does not fit: the other kernel. Several bands, so that windows follow each other.
+    "band_stream": [
+        partial(_product, "band", *case, 40, BF16)
+        for case in ((128, 1024, 4, 8), (1024, 1032, 5, 24), (1088, 1024, 4, 64))
+    ],
+    "band_gradient": [
+        partial(_gradient, "band", *case, 100, BF16) for case in ((96, 64, 3, 8), (64, 96, 3, 16), (192, 128, 2, 64))
+    ],
+    "band_splits": [partial(_gradient, "band", 64, 96, 3, 8, 520, HALF)],
+    "dense": [partial(_dense, *case) for case in ((70, 40, 30, 1, BF16), (40, 72, 5, 8, FLOAT))],
+}
+
+
+def check(path: str, names: list[str]) -> bool:
+    torch.ops.load_library(path)
+    library, good = ctypes.CDLL(path), True
+    for order in (0, 1, 2):
+        library.dst_ops_emulator_set(order, 0)
+        for name in names:
+            for case in CHECKS[name]:
+                try:
+                    wrong = "" if case() else "numbers differ"
+                except RuntimeError as error:
+                    wrong = str(error).splitlines()[0]
+                if wrong:
+                    good = False
+                    print(f"order {order}, {name}{case.args}: {wrong}", flush=True)
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(0 if check(sys.argv[1], sys.argv[2:]) else 1)

@@ -1,0 +1,210 @@
+"""What the compiler makes of the kernels, and the CUDA library on a machine without a GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import dst_ops
+from dst_ops import build, cuda
+from tests.gpu import sass
+from tests.gpu.sass import Kernel
+from tests.unit.ops.process import python
+
+
+def _no_compiler() -> str | None:
+    try:
+        build._nvcc()
+    except OSError as error:  # none, or of another major version; whatever else is wrong is an error
+        return str(error)
+    return None
+
+
+NO_COMPILER = _no_compiler()
+pytestmark = pytest.mark.cpu_only
+needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
+on_every_chip = pytest.mark.parametrize("chip", re.findall(r"\d+a?", build.ARCHITECTURES))
+
+REGISTERS = 65536  # of a multiprocessor
+DIAGONAL = 32  # instructions
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DST_OPS_CUDA_ARCHS", raising=False)
+        return build.build("cuda")
+
+
+@pytest.fixture(scope="session")
+def compiled(library: Path) -> dict[str, list[Kernel]]:
+    return sass.kernels(library)
+
+
+@pytest.fixture
+def kernels(compiled: dict[str, list[Kernel]], chip: str) -> list[Kernel]:
+    return compiled[chip]
+
+
+def _named(kernels: list[Kernel], *names: str) -> list[Kernel]:
+    found = [k for k in kernels if k.name in names]
+    assert {k.name for k in found} == set(names)
+    return found
+
+
+def _block(k: Kernel) -> tuple[int, int]:
+    """Threads of a block, and blocks that a multiprocessor is to hold: one loads while the other computes."""
+    if k.name in ("band_resident", "band_stream", "band_gradient"):
+        return 256, 2
+    return {
+        "scalar_product": (512 if k.arguments[1:2] == ("1",) else 256, 2),
+        "scalar_gradient": (256, 2),
+        "band_pack": (256, 4),
+        "add_parts": (256, 4),
+        "dense_weight": (256, 4),
+        "take_diagonals": (256, 4),
+        "invert_offsets": (1024, 1),
+    }[k.name]
+
+
+def _width(k: Kernel) -> int:
+    return int(k.arguments[1])
+
+
+def _pack(k: Kernel) -> int:
+    """Numbers in 16 bytes."""
+    return 4 if k.arguments[0] == "float" else 8
+
+
+@needs_compiler
+@on_every_chip
+def test_nothing_is_in_local_memory(kernels: list[Kernel]) -> None:
+    """Neither what registers have no room for nor an array whose index is not known to the compiler."""
+    stacks = {str(k): f"{k.stack} bytes, {k.count('STL')} stores, {k.count('LDL')} loads" for k in kernels if k.stack}
+    assert stacks == {}
+    assert [str(k) for k in kernels if k.count("LDL") + k.count("STL")] == []
+
+
+@needs_compiler
+@on_every_chip
+def test_registers_leave_room_for_the_blocks(kernels: list[Kernel]) -> None:
+    for k in kernels:
+        threads, blocks = _block(k)
+        assert k.registers * threads * blocks <= REGISTERS, str(k)
+
+
+@needs_compiler
+@on_every_chip
+def test_band_products_multiply_no_more_than_they_must(kernels: list[Kernel]) -> None:
+    """8 rows meet W / 8 + 1 blocks of 8 columns, two in an instruction or, without a partner, one. A tile is 8 times 8 rows."""
+    for k in _named(kernels, "band_resident", "band_stream"):
+        token_tiles = int(k.arguments[2]) if k.name == "band_resident" else 2
+        pairs, single = k.count("HMMA.16816.F32"), k.count("HMMA.1688.F32")
+        assert pairs + single == k.count("HMMA"), f"{k}: sums not in fp32"
+        assert 2 * pairs + single == 8 * token_tiles * (_width(k) // 8 + 1), str(k)
+
+
+@needs_compiler
+@on_every_chip
+def test_band_gradients_multiply_no_more_than_they_must(kernels: list[Kernel]) -> None:
+    """A stage is 2 times 16 tokens; a warp has 2 times 16 positions, which meet W / 8 + 2 blocks of 8 columns of each band."""
+    for k in _named(kernels, "band_gradient"):
+        bands = 2 if _width(k) < 64 else 1
+        assert k.count("HMMA.16816.F32") == k.count("HMMA") == 4 * bands * (_width(k) // 8 + 2), str(k)
+
+
+@needs_compiler
+@on_every_chip
+def test_band_kernels_read_matrices_and_copy_in_the_background(kernels: list[Kernel]) -> None:
+    for k in _named(kernels, "band_resident", "band_stream", "band_gradient"):
+        # Matrices of the gradient are transposed as they are read: tokens are its summed dimension.
+        assert k.count("LDSM.16.MT88" if k.name == "band_gradient" else "LDSM.16.M88") == k.count("LDSM") > 0, str(k)
+        assert k.count("LDGSTS.E.BYPASS.128") > 0, f"{k}: copies go through registers"
+
+
+@needs_compiler
+@on_every_chip
+def test_scalar_gradients_read_a_pack_at_once(kernels: list[Kernel]) -> None:
+    for k in _named(kernels, "scalar_gradient"):
+        assert k.count("FFMA") == _pack(k) * k.count("LDS.128") > 0, str(k)
+        assert k.count("HMMA") == 0, str(k)
+
+
+@needs_compiler
+@on_every_chip
+def test_scalar_products_spend_their_time_on_multiplications(kernels: list[Kernel]) -> None:
+    """Instructions of the loop over diagonals. For a pack: one to read it and one for its address, a multiply-add for each
+    number, and one to widen each that is of 16 bits. For a diagonal, shared by the packs: DIAGONAL instructions to read its
+    offset, wrap the index, see whether the row is met, form the address of the weight, read it, widen it and go on.
+
+    For the latter nvcc 13.0 needs 19 to 27 on the H100, 17 to 25 on the A100. On the H100 a pack of bf16 costs 24.8 in all
+    where four share a diagonal, of which 8 are multiply-adds, and 43.5 where it is alone.
+    """
+    for k in _named(kernels, "scalar_product"):
+        loop, pack, groups = k.hottest_loop("FFMA"), _pack(k), int(k.arguments[1])
+        packs = sum(n for name, n in loop.items() if name.startswith("FFMA")) // pack
+        assert packs >= groups, str(k)
+        assert loop["LDS.128"] >= packs, f"{k}: a pack is not read at once"
+        of_a_pack = 2 + pack + (pack if pack == 8 else 0)
+        assert sum(loop.values()) <= packs * of_a_pack + packs // groups * DIAGONAL, f"{k}: {loop}"
+        assert k.count("HMMA") == 0, str(k)
+
+
+LOAD = """
+import sys, torch, dst_ops
+def there():
+    return [name for name in sys.argv[2:] if torch._C._dispatch_has_kernel_for_dispatch_key(f"dst_ops::{name}", "CUDA")]
+assert there() == []
+torch.ops.load_library(sys.argv[1])
+assert there() == sys.argv[2:]
+"""
+
+
+@needs_compiler
+def test_the_library_loads_without_a_gpu(library: Path) -> None:
+    names = [schema.split("(")[0] for schema in cuda.SCHEMAS]
+    assert len(names) == 6
+    done = python(LOAD, str(library), *names)
+    assert done.returncode == 0, done.stderr
+
+
+def _step(sizes: dict[str, Any], x: Tensor, values: Tensor, offsets: Tensor, bias: Tensor, dy: Tensor) -> list[Tensor]:
+    """y, dx, dvalues, dbias.
+
+    The node of the graph is called and not torch.autograd.grad: the engine asks the driver for the device's context, also
+    for tensors without numbers.
+    """
+    y = dst_ops.diagonal_linear(x, values, offsets, bias, **sizes)
+    assert y.grad_fn is not None
+    others = [torch.zeros_like(dy)] if sizes["activation"] else []  # the gradient of what the GELU was applied to
+    dx, dvalues, _, _, _, dbias, *_ = y.grad_fn.apply(dy, *others)  # type: ignore[attr-defined]
+    return [y, dx, dvalues, dbias]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(64, 96), (96, 64)])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_forward_and_backward_are_traced_for_cuda(activation: str | None, m: int, n: int, dtype: torch.dtype) -> None:
+    band, units = 8, 3
+    sizes = {"out_features": m, "in_features": n, "band": band, "activation": activation}
+    with FakeTensorMode():
+
+        def fake(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="cuda", requires_grad=True)
+
+        offsets = torch.empty(units, dtype=torch.int32, device="cuda")
+        arguments = (fake(2, 5, n), fake(units * band, min(m, n)), offsets, fake(m), fake(2, 5, m).detach())
+        graph = make_fx(lambda *tensors: _step(sizes, *tensors))(*arguments)
+        results = graph(*arguments)
+    called = [str(node.target) for node in graph.graph.nodes if "dst_ops" in str(node.target)]
+    forward = "linear_gelu" if activation else "linear"
+    assert called == [f"dst_ops.{name}.default" for name in (forward, "linear_transposed", "dvalues")]
+    assert [r.shape for r in results] == [(2, 5, m), *(arguments[i].shape for i in (0, 1, 3))]
+    assert {(r.device.type, r.dtype) for r in results} == {("cuda", dtype)}

@@ -1,0 +1,241 @@
+"""Proof that the emulator finds what it is there to find: bugs put into the kernels, each of which a small check must meet.
+
+A bug's text is looked for in the sources as they are, so that a change of the kernels may ask for a change here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import emulated
+from tests.gpu.seeded import CHECKS
+from tests.unit.ops.process import environment
+
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.skipif(not emulated.available, reason="the emulator's fibers are for x86_64"),
+]
+
+ROOT = Path(__file__).parents[2]
+DIFFERS = "numbers differ"
+STUCK = "threads wait at different barriers"
+NOT_SHARED = "not 16 aligned bytes of shared memory"
+REPEATED = "offsets repeats a unit"
+OVERFLOW = "heap-buffer-overflow"
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """A copy of the sources in which `old`, found exactly once in `file`, is `new`.
+
+    checks: of seeded.py; the name's first word is the file of launchers that they need. symptom: what they must print, or
+    nothing for sources as they are. sanitized: with AddressSanitizer, for what no comparison sees.
+    """
+
+    name: str
+    checks: tuple[str, ...]
+    symptom: str = ""
+    file: str = ""
+    old: str = ""
+    new: str = ""
+    sanitized: bool = False
+
+
+def _unchanged(kernel: str, sanitized: bool) -> Seeded:
+    checks = tuple(name for name in CHECKS if name.startswith(kernel))
+    return Seeded(f"{kernel} unchanged{', sanitized' if sanitized else ''}", checks, sanitized=sanitized)
+
+
+def _bug(name: str, check: str, symptom: str, file: str, old: str, new: str, *, sanitized: bool = False) -> Seeded:
+    return Seeded(name, (check,), symptom, file, old, new, sanitized)
+
+
+UNCHANGED = [_unchanged(kernel, sanitized) for kernel in ("scalar", "band", "dense") for sanitized in (False, True)]
+BUGS = [
+    # Synchronization.
+    _bug(
+        "no barrier after staging",
+        "scalar_product", DIFFERS, "scalar.h",
+        "s.in, Groups);\n  __syncthreads();", "s.in, Groups);",
+    ),
+    _bug(
+        "no barrier after staging in the gradient",
+        "scalar_gradient", DIFFERS, "scalar.h",
+        "s.longer, 1);\n    __syncthreads();", "s.longer, 1);",
+    ),
+    _bug(
+        "no barrier before staging again",
+        "scalar_gradient", DIFFERS, "scalar.h",
+        "    __syncthreads();\n    stage_packs(packs, longer", "    stage_packs(packs, longer",
+    ),
+    _bug(
+        "no barrier before a stage is filled again",
+        "band_gradient", DIFFERS, "band_gradient.h",
+        "    __syncthreads();\n  }\n  copies_wait", "  }\n  copies_wait",
+    ),
+    _bug(
+        "no barrier after copies have arrived",
+        "band_resident", DIFFERS, "band_product.h",
+        "copies_wait<0>();\n  __syncthreads();", "copies_wait<0>();",
+    ),
+    _bug(
+        "no wait for copies",
+        "band_resident", DIFFERS, "band_product.h",
+        "copies_wait<0>();\n  __syncthreads();", "__syncthreads();",
+    ),
+    _bug(
+        "no barrier before a window is filled again",
+        "band_stream", DIFFERS, "band_product.h",
+        "    __syncthreads();\n    u = following;", "    u = following;",
+    ),
+    _bug(
+        "one window's wait too few",
+        "band_stream", DIFFERS, "band_product.h",
+        "copies_wait<1>();", "copies_wait<2>();",
+    ),
+    _bug(
+        "one stage's wait too few",
+        "band_gradient", DIFFERS, "band_gradient.h",
+        "copies_wait<1>();", "copies_wait<2>();",
+    ),
+    _bug(
+        "no __syncwarp before the list is read",
+        "scalar_product", DIFFERS, "scalar.h",
+        "row - lane, s);\n      __syncwarp();", "row - lane, s);",
+    ),
+    _bug(
+        "a barrier that part of the block meets",
+        "scalar_product", STUCK, "scalar.h",
+        "s.in, Groups);\n  __syncthreads();", "s.in, Groups);\n  if (threadIdx.x % 32 < 16) __syncthreads();",
+    ),
+    _bug(
+        "slots cleared while others set them",
+        "dense", REPEATED, "dense.h",
+        "slots[i] = -1;\n  __syncthreads();", "slots[i] = -1;",
+    ),
+    # Arithmetic of indices.
+    _bug(
+        "negative indices not wrapped",
+        "scalar_product", NOT_SHARED, "geometry.h",
+        "  if (i < 0) i += n;\n", "",
+    ),
+    _bug(
+        "indices beyond the end not wrapped",
+        "band_resident", DIFFERS, "geometry.h",
+        "return i >= n ? i - n : i;", "return i;",
+    ),
+    _bug(
+        "window not wrapped",
+        "band_stream", DIFFERS, "band_product.h",
+        "    while (block >= s.blocks) block -= s.blocks;", "",
+    ),
+    _bug(
+        "no instruction for a block without a partner",
+        "band_resident", DIFFERS, "band.h",
+        "else if (rows_meet<W>(n, 2 * Pair + 1)) mma_k8", "else if (false) mma_k8",
+    ),
+    _bug(
+        "corners of the parallelogram not zero",
+        "band_resident", DIFFERS, "band.h",
+        "present = diagonal >= 0 && diagonal < W && row", "present = row",
+    ),
+    _bug(
+        "words of a quad exchanged the wrong way",
+        "band_resident", DIFFERS, "band.h",
+        "upper = t & step", "upper = !(t & step)",
+    ),
+    # Splits of the tokens.
+    _bug(
+        "the first part left out",
+        "scalar_splits", DIFFERS, "parts.h",
+        "for (int part = 0;", "for (int part = 1;",
+    ),
+    _bug(
+        "the last token of a split left out, scalar",
+        "scalar_splits", DIFFERS, "scalar.h",
+        "(blockIdx.z + 1) / gridDim.z;", "(blockIdx.z + 1) / gridDim.z - 1;",
+    ),
+    _bug(
+        "the last token of a split left out, band",
+        "band_splits", DIFFERS, "band_gradient.h",
+        "(blockIdx.z + 1) / gridDim.z;", "(blockIdx.z + 1) / gridDim.z - 1;",
+    ),
+    # Out of bounds.
+    _bug(
+        "shared memory read beyond its end",
+        "scalar_gradient", NOT_SHARED, "scalar.h",
+        "% s.band, s.longer) : s.longer;", "% s.band, s.longer) : s.longer + 1;",
+    ),
+    _bug(
+        "tokens stored beyond the last, scalar",
+        "scalar_product", OVERFLOW, "scalar.h",
+        "if (first_token + e < s.tokens) {", "{",
+        sanitized=True,
+    ),
+    _bug(
+        "tokens stored beyond the last, band",
+        "band_resident", OVERFLOW, "band.h",
+        "if (token < s.tokens && row < s.out)", "if (row < s.out)",
+        sanitized=True,
+    ),
+]  # fmt: skip
+
+
+def _changed_sources(seeded: Seeded, folder: Path) -> Path:
+    folder.mkdir()
+    for path in (*emulated.SOURCES.glob("*.h"), emulated.SOURCES / f"{seeded.checks[0].split('_')[0]}.cu"):
+        shutil.copy(path, folder)
+    if seeded.file:
+        text = (folder / seeded.file).read_text()
+        assert text.count(seeded.old) == 1, f"{seeded.file} must hold exactly once: {seeded.old!r}"
+        (folder / seeded.file).write_text(text.replace(seeded.old, seeded.new))
+    return folder
+
+
+def _outcome(seeded: Seeded, folder: Path) -> tuple[int, str]:
+    """What the checks say of the changed sources: 0 if nothing is wrong, and what they print."""
+    library, env = folder / "library.so", {}
+    emulated.compile_library(_changed_sources(seeded, folder / "sources"), library)
+    if seeded.sanitized:
+        runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+        # A fiber has a stack of its own, of which the sanitizer knows nothing.
+        options = "detect_leaks=0:detect_stack_use_after_return=0"
+        env = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": options}
+    checked = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.seeded", str(library), *seeded.checks],
+        cwd=ROOT, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    return checked.returncode, checked.stdout
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Of the selected tests' sources; two are compiled and checked at a time."""
+    chosen = [item.callspec.params["seeded"] for item in request.session.items if item.path == request.path]
+    done: dict[str, Future[tuple[int, str]]] = {}
+    for compiler, sanitized in (("c++", False), ("c++ -fsanitize=address", True)):
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+            patch.setenv("CXX", compiler)
+            for s in chosen:
+                if s.sanitized == sanitized:
+                    done[s.name] = pool.submit(_outcome, s, tmp_path_factory.mktemp("seeded"))
+    return {name: future.result() for name, future in done.items()}
+
+
+@pytest.mark.parametrize("seeded", UNCHANGED, ids=lambda s: s.name)
+def test_unchanged_sources_pass(seeded: Seeded, outcomes: dict[str, tuple[int, str]]) -> None:
+    assert outcomes[seeded.name] == (0, "")
+
+
+@pytest.mark.parametrize("seeded", BUGS, ids=lambda s: s.name)
+def test_bugs_are_found(seeded: Seeded, outcomes: dict[str, tuple[int, str]]) -> None:
+    code, printed = outcomes[seeded.name]
+    assert code != 0
+    assert seeded.symptom in printed

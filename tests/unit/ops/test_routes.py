@@ -1,0 +1,166 @@
+"""The choice of a CUDA kernel, which needs no GPU: by the model, by a table, and what the report says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dst_ops
+from dst_ops import build, cuda, routes
+from dst_ops.routes import Call
+
+H100, A100, CONSUMER = 227 * 1024, 163 * 1024, 99 * 1024  # shared memory that a block may ask for
+
+
+def _call(**changes: object) -> Call:
+    """A layer of ViT-B/16 at 90 %, 128 images."""
+    call = Call("product", 25216, 768, 768, 77, 1, "bfloat16")
+    return dataclasses.replace(call, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("DST_OPS_TABLE", str(tmp_path / "table.json"))
+    routes.table.cache_clear()
+    yield
+    routes.table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        # Tensor cores take any offsets faster as a dense matrix, and bands faster still.
+        ({}, "dense"),
+        ({"band": 16, "diagonals": 80}, "band"),
+        ({"band": 32, "diagonals": 64}, "band"),
+        ({"band": 16, "diagonals": 80, "op": "gradient"}, "band"),
+        # Few tokens: reading the weights takes the time.
+        ({"tokens": 8, "inputs": 4096, "outputs": 4096, "diagonals": 410}, "scalar"),
+        ({"tokens": 1, "inputs": 4096, "outputs": 4096, "diagonals": 205}, "scalar"),
+        ({"tokens": 8192, "inputs": 4096, "outputs": 4096, "diagonals": 410}, "dense"),
+        # Streaming windows of 16 columns through the L2 cache is slower than dense, windows of 32 are not.
+        ({"tokens": 8192, "inputs": 4096, "outputs": 4096, "diagonals": 416, "band": 16}, "dense"),
+        ({"tokens": 8192, "inputs": 4096, "outputs": 4096, "diagonals": 416, "band": 32}, "band"),
+        # No tensor cores for fp32 unless TF32 is allowed.
+        ({"dtype": "float32"}, "scalar"),
+        ({"dtype": "float32", "diagonals": 700}, "dense"),
+        ({"dtype": "float64"}, "reference"),
+        # 1 % is left.
+        ({"diagonals": 8}, "scalar"),
+    ],
+)
+def test_the_model_chooses(changes: dict[str, object], kernel: str) -> None:
+    choice = routes.choose(_call(**changes), "a GPU", H100)
+    assert choice.kernel == kernel
+    assert ("modelled for an H100" in choice.reason) == (kernel != "reference")
+
+
+def test_tf32_makes_dense_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_gpu(monkeypatch)
+    device, matmul = torch.device("cuda", 0), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee"
+        assert cuda.choice(_call(dtype="float32"), device).kernel == "scalar"
+        matmul.fp32_precision = "tf32"
+        assert cuda.choice(_call(dtype="float32"), device).kernel == "dense"
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared_memory", "kernels"),
+    [
+        ({}, H100, ["scalar", "dense"]),
+        ({"band": 24, "diagonals": 72}, H100, ["scalar", "band", "dense"]),
+        ({"band": 12, "diagonals": 72}, H100, ["scalar", "dense"]),
+        ({"band": 16, "diagonals": 80, "dtype": "float32"}, H100, ["scalar", "dense"]),
+        ({"band": 16, "diagonals": 80, "outputs": 196}, H100, ["scalar", "dense"]),
+        ({"inputs": 11008, "band": 16, "diagonals": 1104}, A100, ["band", "dense"]),
+        ({"inputs": 11008}, A100, ["dense"]),
+        ({"band": 16, "diagonals": 80, "op": "gradient"}, CONSUMER, ["scalar", "dense"]),
+        ({"band": 16, "diagonals": 80}, CONSUMER, ["scalar", "band", "dense"]),
+        ({"band": 64, "diagonals": 64}, CONSUMER, ["scalar", "dense"]),
+        ({"dtype": "float64"}, H100, []),
+    ],
+)
+def test_what_is_possible(changes: dict[str, object], shared_memory: int, kernels: list[str]) -> None:
+    assert routes.possible(_call(**changes), shared_memory) == kernels
+
+
+def _write(points: list[tuple[Call, dict[str, float]]]) -> None:
+    routes.write_table(routes.table_path("a GPU"), "a GPU", points)
+    routes.table.cache_clear()
+
+
+def test_a_measured_table_comes_before_the_model() -> None:
+    near, far = {"scalar": 5.0, "dense": 9.0}, {"scalar": 9.0, "dense": 5.0}
+    _write([(_call(tokens=20000), near), (_call(tokens=45000), far), (_call(op="gradient"), far)])
+    choice = routes.choose(_call(), "a GPU", H100)
+    assert choice.kernel == "scalar"
+    assert choice.reason == "measured on a GPU: scalar 5 us, dense 9 us"
+    assert routes.choose(_call(tokens=50000), "a GPU", H100).kernel == "dense"
+    for other in ({"tokens": 100}, {"inputs": 3072}, {"diagonals": 10}, {"dtype": "float16"}):
+        assert "modelled" in routes.choose(_call(**other), "a GPU", H100).reason
+
+
+def test_a_measured_kernel_that_cannot_take_the_call_is_passed_over() -> None:
+    _write([(_call(inputs=6000), {"scalar": 5.0, "dense": 9.0})])
+    assert routes.choose(_call(inputs=11008), "a GPU", A100).kernel == "dense"
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", '{"points": [{"call": {"op": "product"}}]}', '{"points": 3}'])
+def test_a_broken_table_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match=r"table\.json: not a table of dst_ops\.tune .* remove it, or measure again"):
+        routes.choose(_call(), "a GPU", H100)
+
+
+def test_where_the_table_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DST_OPS_TABLE")
+    monkeypatch.setenv("DST_OPS_CACHE", str(tmp_path))
+    assert routes.table_path("NVIDIA H100 80GB HBM3") == tmp_path / "table-NVIDIA_H100_80GB_HBM3.json"
+
+
+def test_a_table_is_written_whole(tmp_path: Path) -> None:
+    _write([(_call(), {"dense": 1.5})])
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert written["gpu"] == "a GPU"
+    assert routes.table("a GPU") == ((_call(), {"dense": 1.5}),)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def _with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="a GPU", shared_memory_per_block_optin=H100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    cuda._choice.cache_clear()
+
+
+def test_the_report_names_the_kernel_of_a_call_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_gpu(monkeypatch)
+    report = dst_ops.backend_report([_call(band=16, diagonals=80), _call(dtype="float64")])
+    cuda._choice.cache_clear()
+    entries = [e for e in report.entries if e.device == "cuda"]
+    assert [e.kernel for e in entries[-2:]] == ["band", "reference"]
+    assert "product 25216 x 768 -> 768, 80 diagonals, band 16, bfloat16" in str(report)
+    assert "modelled for an H100: band" in entries[-2].reason
+    assert (entries[1].what, entries[1].kernel) == ("float64", "reference")
+
+
+def test_the_report_says_why_there_are_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_gpu(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setitem(
+        build._libraries, "cuda", dataclasses.replace(build._libraries["cuda"], loaded=None, error=None)
+    )
+    entry = next(e for e in dst_ops.backend_report().entries if e.device == "cuda")
+    assert entry.kernel == "reference"
+    assert "the library cannot be built: torch" in entry.reason
