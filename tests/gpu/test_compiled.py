@@ -208,3 +208,23 @@ def test_forward_and_backward_are_traced_for_cuda(activation: str | None, m: int
     assert called == [f"dst_ops.{name}.default" for name in (forward, "linear_transposed", "dvalues")]
     assert [r.shape for r in results] == [(2, 5, m), *(arguments[i].shape for i in (0, 1, 3))]
     assert {(r.device.type, r.dtype) for r in results} == {("cuda", dtype)}
+
+
+def test_compiles_whole_for_cuda() -> None:
+    """Without a break in the graph. What dynamo hands to a backend is looked at: to compile it further takes a GPU."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        assert {tensor.device.type for tensor in inputs} == {"cuda"}
+        graphs.append(graph)
+        return graph.forward
+
+    def layer(x: Tensor, values: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+        return dst_ops.diagonal_linear(x, values, offsets, bias, out_features=64, in_features=96, band=8)
+
+    with FakeTensorMode():
+        x, values, bias = (torch.empty(*shape, device="cuda") for shape in ((2, 5, 96), (24, 64), (64,)))
+        offsets = torch.empty(3, dtype=torch.int32, device="cuda")
+        y = torch.compile(layer, fullgraph=True, backend=backend)(x, values, offsets, bias)
+    assert (y.shape, y.device.type) == ((2, 5, 64), "cuda")
+    assert [str(node.target) for node in graphs[0].graph.nodes if "dst_ops" in str(node.target)] == ["dst_ops.linear"]
