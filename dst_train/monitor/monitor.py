@@ -88,6 +88,12 @@ class Monitor:
             scalars[f"topology/grown/{layer.name}"] = len(layer.grown)
             scalars[f"topology/sparsity_target/{layer.name}"] = targets[layer.name]
             scalars[f"topology/sparsity_actual/{layer.name}"] = 1.0 - len(layer.active) / layer.num_units
+            scalars[f"topology/mean_age/{layer.name}"] = layer.mean_age
+            scalars[f"topology/explored/{layer.name}"] = layer.explored
+            scalars[f"topology/uncovered/{layer.name}"] = layer.uncovered
+            for name, margin in (("drop_margin", layer.drop_margin), ("grow_margin", layer.grow_margin)):
+                if margin is not None:
+                    scalars[f"topology/{name}/{layer.name}"] = margin
             rows = self._history.setdefault(layer.name, [])
             rows.append(layer.active)
             del rows[:-PICTURE_ROWS]

@@ -42,6 +42,11 @@ class RunDirectory:
                     "grown": layer.grown,
                     "churn": layer.churn,
                     "active": layer.active,
+                    "mean_age": layer.mean_age,
+                    "explored": layer.explored,
+                    "uncovered": layer.uncovered,
+                    "drop_margin": layer.drop_margin,
+                    "grow_margin": layer.grow_margin,
                     "digest": update.digest,
                 }
             )

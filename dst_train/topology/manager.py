@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dst_train.sparse import DiagonalLinear, sparse_layers
-from dst_train.topology import policy
+from dst_train.topology import policy, telemetry
 from dst_train.topology.editor import ParameterEditor, editor_for
 from dst_train.topology.growth import GrowthSignal
 from dst_train.topology.ranks import Ranks
@@ -22,13 +22,23 @@ GROW_SIGNALS = ("exact", "local")
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What one update did to one layer; unit numbers, ascending."""
+    """What one update did to one layer; unit numbers, ascending.
+
+    mean_age: optimiser steps that the active units have been there. explored: share of all units that ever were. uncovered:
+    outputs (of a tall layer) or inputs (of a wide one) without any weight. drop_margin, grow_margin: how clear the cut between
+    dropped and kept, grown and absent units was, see `telemetry.margin`; None where there was no choice by score.
+    """
 
     name: str
     num_units: int
     dropped: tuple[int, ...]
     grown: tuple[int, ...]
     active: tuple[int, ...]
+    mean_age: float
+    explored: float
+    uncovered: int
+    drop_margin: float | None
+    grow_margin: float | None
 
     @property
     def churn(self) -> float:
@@ -112,6 +122,7 @@ class Topology:
         self._editor: ParameterEditor | None = None
         self._ranks: Ranks
         self._signal: GrowthSignal
+        self._history: dict[str, telemetry.History] = {}
 
     def bind(self, target: Any) -> Topology:
         """Attach to a torch optimiser or a DeepSpeed engine. Collective.
@@ -126,6 +137,9 @@ class Topology:
         for name, layer in self.layers.items():
             self._editor.check(f"{name}.values", layer.values)
         self._ranks.require_equal(self._offsets(), "at the start")
+        self._history = {
+            name: telemetry.History(offsets, self.layers[name].num_units) for name, offsets in self._offsets().items()
+        }
         self._prepare()
         return self
 
@@ -149,14 +163,17 @@ class Topology:
         return update
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the offsets, which are buffers of the model."""
-        return {"steps": self.steps, "updates": self.updates, "due": self._due}
+        """Everything but the offsets, which are buffers of the model. After `bind`."""
+        history = {name: history.state_dict() for name, history in self._history.items()}
+        return {"steps": self.steps, "updates": self.updates, "due": self._due, "history": history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave; after `bind`, and after the model's own state."""
         self.steps, self.updates, self._due = state["steps"], state["updates"], state["due"]
-        if self._editor is not None:
-            self._ranks.require_equal(self._offsets(), "after loading")
-            self._prepare()
+        for name, history in self._history.items():
+            history.load_state_dict(state["history"][name])
+        self._ranks.require_equal(self._offsets(), "after loading")
+        self._prepare()
 
     def digest(self) -> str:
         """sha256 over the offsets of all layers."""
@@ -226,6 +243,7 @@ class Topology:
             grown = policy.largest_inactive(growth, offsets, count)
         else:
             grown = policy.random_inactive(offsets, layer.num_units, count, (self.seed, index, self.updates))
+        margins = _margins(magnitude, slots, growth if self.method == "rigl" else None, offsets, grown)
         grown = grown.sort().values
         dropped = offsets[slots].sort().values
         if count:
@@ -237,7 +255,34 @@ class Topology:
             after = offsets.clone()
             after[slots] = grown.to(torch.int32)
             layer.offsets.copy_(after)
+        history = self._history[name]
+        history.change(dropped, grown, self.steps)
         active = layer.offsets.detach().cpu().sort().values
+        sides = sorted((layer.in_features, layer.out_features))
         return LayerUpdate(
-            name, layer.num_units, tuple(dropped.tolist()), tuple(grown.tolist()), tuple(active.tolist())
+            name,
+            layer.num_units,
+            tuple(dropped.tolist()),
+            tuple(grown.tolist()),
+            tuple(active.tolist()),
+            history.mean_age(self.steps),
+            history.explored,
+            telemetry.uncovered(active, layer.band, *sides),
+            *margins,
         )
+
+
+def _margins(
+    magnitude: Tensor, dropped_slots: Tensor, growth: Tensor | None, offsets: Tensor, grown: Tensor
+) -> tuple[float | None, float | None]:
+    """Of the drop and of the growth; growth: scores [num_units], None where it was random. grown: before they are sorted."""
+    kept = torch.ones_like(magnitude, dtype=torch.bool)
+    kept[dropped_slots] = False
+    drop = grow = None
+    if 0 < dropped_slots.numel() < magnitude.numel():
+        drop = telemetry.margin(float(magnitude[kept].min()), float(magnitude[dropped_slots].max()))
+    if growth is not None and grown.numel() > 0:
+        absent = policy.inactive(torch.cat([offsets.long(), grown]), growth.numel())
+        if absent.numel():
+            grow = telemetry.margin(float(growth[grown].min()), float(growth[absent].max()))
+    return drop, grow

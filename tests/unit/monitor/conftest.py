@@ -27,13 +27,14 @@ def make_update() -> MakeUpdate:
         number = step // 4
         active = tuple(sorted((number + i) % 8 for i in range(3)))
         change = {"dropped": ((number - 1) % 8,), "grown": ((number + 2) % 8,), "active": active}
+        telemetry = {"mean_age": 2.5, "explored": 0.5, "uncovered": 1, "drop_margin": 0.25, "grow_margin": None}
         return TopologyUpdate(
             step=step,
             number=number,
             drop_fraction=0.3,
             seconds=0.25,
             digest=f"digest{number}",
-            layers=tuple(LayerUpdate(name=name, num_units=8, **change) for name in layers),
+            layers=tuple(LayerUpdate(name=name, num_units=8, **change, **telemetry) for name in layers),
         )
 
     return make

@@ -90,6 +90,10 @@ def test_an_update_is_told_for_each_layer(open_monitor, run, make_update, report
         "sparsity": 0.625,
         "drop_fraction": 0.3,
         "update_seconds": 0.25,
+        "mean_age/fc": 2.5,
+        "explored/fc": 0.5,
+        "uncovered/fc": 1.0,
+        "drop_margin/fc": 0.25,
     }
     # Event files hold float32.
     told = {tag.removeprefix("topology/"): reader.Scalars(tag)[0].value for tag in reader.Tags()["scalars"]}

@@ -39,6 +39,11 @@ def test_topology_has_a_line_for_each_update_and_layer(run, make_update):
         "grown": [3],
         "churn": 1 / 3,
         "active": [1, 2, 3],
+        "mean_age": 2.5,
+        "explored": 0.5,
+        "uncovered": 1,
+        "drop_margin": 0.25,
+        "grow_margin": None,
         "digest": "digest1",
     }
     assert run.active_units() == {"a": [(1, 2, 3), (2, 3, 4)], "b": [(1, 2, 3), (2, 3, 4)]}

@@ -181,7 +181,27 @@ def test_state_dict_continues_exactly() -> None:
     assert other.digest() == topology.digest()
     ours, theirs = _train(model, topology, optimizer, 6), _train(twin, other, other_optimizer, 6)
     assert [u and u.digest for u in ours] == [u and u.digest for u in theirs]
+    assert [u and u.layers for u in ours] == [u and u.layers for u in theirs]  # ages and explored units, too
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_an_update_tells_of_itself() -> None:
+    model, topology, optimizer = _start("rigl", every=2, drop_fraction=0.5)
+    first, second = (u for u in _train(model, topology, optimizer, 4) if u is not None)
+    for early, late in zip(first.layers, second.layers, strict=True):
+        kept = len(early.active) - len(early.grown)
+        assert early.mean_age == 2 * kept / len(
+            early.active
+        )  # those that were there from the start; the others are new
+        assert early.explored == (len(early.active) + len(early.grown)) / early.num_units
+        assert early.explored <= late.explored <= 1
+        assert late.mean_age <= 4
+        for change in (early, late):
+            assert 0 <= change.drop_margin <= 1
+            assert 0 <= change.grow_margin <= 1
+            assert change.uncovered == 0  # 12 of 48 diagonals of length 16
+    (random,) = (u for u in _train(*_start("set", every=2), 2) if u is not None)
+    assert all(change.grow_margin is None for change in random.layers)
 
 
 def test_sgd_momentum_is_reset() -> None:
