@@ -68,6 +68,7 @@ def build_session(job: Job, plan: BatchPlan) -> Session:
         until=job.topology.update.until,
         drop_fraction=job.topology.drop_fraction,
         grow_signal=job.topology.grow_signal,
+        gradient_weight=job.topology.gradient_weight,
         seed=job.seed,
         accumulation=plan.accumulation,
     ).bind(engine)

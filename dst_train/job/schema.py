@@ -59,12 +59,14 @@ class Update(Strict):
 
 
 class Topology(Strict):
-    method: Literal["static", "set", "rigl"] = "rigl"
+    method: Literal["static", "set", "rigl", "mest"] = "rigl"
     update: Update = Update()
     drop_fraction: Fraction = 0.3
     """Share of the active units replaced at the first update; decays to 0 by cosine."""
     grow_signal: Literal["exact", "local"] = "exact"
     """`exact`: |mean gradient over ranks|, the same topology on any number of ranks. `local`: mean over ranks of |gradient|, cheaper."""
+    gradient_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """`mest` drops the units with the smallest mean of |value| + gradient_weight * |gradient|."""
 
 
 class Split(Strict):

@@ -16,7 +16,8 @@ from dst_train.topology.editor import ParameterEditor, editor_for
 from dst_train.topology.growth import GrowthSignal
 from dst_train.topology.ranks import Ranks
 
-METHODS = ("static", "set", "rigl")
+METHODS = ("static", "set", "rigl", "mest")
+MEASURED = ("rigl", "mest")  # need the gradient of all candidates in an update step
 GROW_SIGNALS = ("exact", "local")
 
 
@@ -66,16 +67,18 @@ class Topology:
     """Dynamic sparse training of the DiagonalLinear layers of `model`.
 
     Call `bind` once the optimiser exists and `step` after every optimiser step, on all ranks. In an update the units
-    with the smallest mean |value| are dropped and as many absent ones grow: those with the largest growth signal
-    (`rigl`) or random ones (`set`). Regrown values and first moments are 0; the second moment of a regrown unit is the
+    with the smallest mean |value| (`mest`: |value| + gradient_weight * |gradient|) are dropped and as many absent ones grow:
+    those with the largest growth signal (`rigl`) or random ones (`set`, `mest`). Regrown values and first moments are 0; the second moment of a regrown unit is the
     mean over the layer's surviving rows, because Adam's step counter is shared and a second moment of 0 would make its
     first steps too large. Dropped units do not regrow in the same update.
 
     Args:
-        method: `static` (no updates), `set` (Mocanu et al. 2018) or `rigl` (Evci et al. 2020).
+        method: `static` (no updates), `set` (Mocanu et al. 2018), `rigl` (Evci et al. 2020) or `mest` (Yuan et al. 2021, arXiv
+            2110.14032; its released code has a gradient_weight of 0 by default, which is `set`).
         total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
         drop_fraction: share of the active units replaced at first, decayed by cosine.
-        grow_signal: see `GrowthSignal`.
+        grow_signal: see `GrowthSignal`; `mest` takes |gradient| from it.
+        gradient_weight: of `mest`, at least 0.
         seed: random growth is a pure function of (seed, layer, update number).
         accumulation: micro-batches (backward passes) per optimiser step.
 
@@ -93,6 +96,7 @@ class Topology:
         until: float = 0.75,
         drop_fraction: float = 0.3,
         grow_signal: str = "exact",
+        gradient_weight: float = 1.0,
         seed: int = 0,
         accumulation: int = 1,
     ) -> None:
@@ -106,6 +110,8 @@ class Topology:
         for name, share in (("until", until), ("drop_fraction", drop_fraction)):
             if not 0.0 < share <= 1.0:
                 raise ValueError(f"{name}={share}: must be in (0, 1]")
+        if not gradient_weight >= 0.0:
+            raise ValueError(f"gradient_weight={gradient_weight}: must be at least 0")
         self.layers: dict[str, DiagonalLinear] = sparse_layers(model)
         if not self.layers and method != "static":
             raise ValueError("the model has no sparse layers; call sparsify() first, or use method='static'")
@@ -113,6 +119,7 @@ class Topology:
         self.every = every
         self.last_step = int(until * total_steps)
         self.drop_fraction = drop_fraction
+        self.gradient_weight = gradient_weight
         self.seed = seed
         self.steps = 0
         self.updates = 0
@@ -188,7 +195,7 @@ class Topology:
         if self.method != "static" and coming % self.every == 0 and coming < self.last_step:
             self._due = True
         self._signal.stop()
-        if self._due and self.method == "rigl":
+        if self._due and self.method in MEASURED:
             self._signal.start()
 
     def _offsets(self) -> dict[str, Tensor]:
@@ -214,7 +221,7 @@ class Topology:
         partitioned shows in the result.
         """
         assert self._editor is not None
-        growth = self._signal.take() if self.method == "rigl" else {}
+        growth = self._signal.take() if self.method in MEASURED else {}
         pieces = []
         for name, layer in self.layers.items():
             pieces.append(self._editor.row_sums(layer.values).view(2, layer.num_active, layer.band).sum(2).flatten())
@@ -237,6 +244,9 @@ class Topology:
         assert self._editor is not None
         layer = self.layers[name]
         magnitude, second, growth = scores
+        length = layer.band * min(layer.in_features, layer.out_features)
+        if self.method == "mest":
+            magnitude = magnitude / length + self.gradient_weight * growth[offsets.long()] / self._ranks.world_size
         count = min(round(fraction * layer.num_active), layer.num_units - layer.num_active)
         slots = policy.smallest(magnitude, offsets, count).sort().values
         if self.method == "rigl":
@@ -249,7 +259,6 @@ class Topology:
         if count:
             survivors = torch.ones(layer.num_active, dtype=torch.bool)
             survivors[slots] = count == layer.num_active
-            length = layer.band * min(layer.in_features, layer.out_features)
             rows = (slots[:, None] * layer.band + torch.arange(layer.band)).flatten()
             self._editor.reset_rows(layer.values, rows, float(second[survivors].mean() / length))
             after = offsets.clone()

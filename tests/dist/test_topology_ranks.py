@@ -52,7 +52,7 @@ def _train(method: str, grow_signal: str = "exact", tamper_rank: int | None = No
 
 def _histories() -> dict[tuple[str, str], History]:
     dist.init_process_group("gloo")
-    return {key: _train(*key) for key in (("set", "exact"), ("rigl", "exact"), ("rigl", "local"))}
+    return {key: _train(*key) for key in (("set", "exact"), ("rigl", "exact"), ("rigl", "local"), ("mest", "exact"))}
 
 
 def _tampered(tamper_ranks: list[int]) -> list[str]:
@@ -70,7 +70,7 @@ def _on(world_size: int) -> list[dict[tuple[str, str], History]]:
     return run_ranks(world_size, _histories)
 
 
-@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("method", ["set", "rigl", "mest"])
 def test_same_offsets_after_20_updates_on_1_2_and_4_ranks(method: str) -> None:
     single = _on(1)[0][method, "exact"]
     assert len(single) == UPDATES

@@ -37,6 +37,7 @@ KEYS = [
     "topology.update.until",
     "topology.drop_fraction",
     "topology.grow_signal",
+    "topology.gradient_weight",
     "data.train.shards",
     "data.train.samples",
     "data.train.transform",

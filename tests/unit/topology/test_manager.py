@@ -129,6 +129,30 @@ def test_rigl_grows_where_the_dense_gradient_is_largest(accumulation: int) -> No
         assert set(change.grown) == set(scores.argsort(descending=True)[: len(change.grown)].tolist())
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1e6])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_mest_drops_the_smallest_value_and_gradient_together(accumulation: int, weight: float) -> None:
+    model, topology, optimizer = _start("mest", every=1, accumulation=accumulation, gradient_weight=weight)
+    torch.manual_seed(1)
+    gradients = _dense_gradients(model, torch.randn(12, 16))
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    optimizer.register_step_post_hook(
+        lambda *_: seen.update({i: (model[i].offsets.clone(), model[i].values.detach().clone()) for i in gradients})
+    )
+    (update,) = _train(model, topology, optimizer, 1, accumulation)
+    for change, (i, gradient) in zip(update.layers, gradients.items(), strict=True):
+        offsets, values = seen[i]
+        m, n = gradient.shape
+        scores = {}
+        for slot, unit in enumerate(offsets.tolist()):
+            at = [((j + unit) % m, j) if m >= n else (j, (j + unit) % n) for j in range(min(m, n))]
+            mean_gradient = torch.stack([gradient[a] for a in at]).mean()
+            scores[unit] = float(values[slot].abs().mean() + weight * mean_gradient)
+        assert set(change.dropped) == set(sorted(scores, key=scores.__getitem__)[: len(change.dropped)])
+        assert change.drop_margin is not None
+        assert change.grow_margin is None
+
+
 def test_local_signal_adds_up_absolute_gradients() -> None:
     """With one micro-batch on one rank `local` and `exact` are the same thing; with several they need not be."""
     grown = {}
@@ -225,13 +249,15 @@ def test_evaluation_between_steps_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"method": "magic"}, "method='magic': choose one of static, set, rigl"),
+        ({"method": "magic"}, "method='magic': choose one of static, set, rigl, mest"),
         ({"grow_signal": "loud"}, "grow_signal='loud'"),
         ({"every": 0}, "every=0: must be at least 1"),
         ({"accumulation": 0}, "accumulation=0"),
         ({"total_steps": 0}, "total_steps=0"),
         ({"until": 1.5}, r"until=1.5: must be in \(0, 1\]"),
         ({"drop_fraction": 0.0}, "drop_fraction=0.0"),
+        ({"gradient_weight": -1.0}, "gradient_weight=-1.0: must be at least 0"),
+        ({"gradient_weight": float("nan")}, "gradient_weight=nan: must be at least 0"),
     ],
 )
 def test_bad_arguments_are_named(kwargs: dict, message: str) -> None:
