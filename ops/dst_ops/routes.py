@@ -141,7 +141,7 @@ def modelled(call: Call, kernels: list[str], tf32: bool = False) -> dict[str, fl
 def _cached(call: Call) -> float:
     """Bytes that the blocks of a band product read from the L2 cache; see csrc/cuda/band_product.h."""
     weights = call.diagonals * call.shorter * 2 * (call.width + 8) / call.width
-    if call.inputs <= 868:  # two tiles of 64 tokens with all features fit a multiprocessor
+    if call.inputs <= 880:  # two tiles of 64 tokens with all features fit a multiprocessor
         return call.tokens * (call.inputs * 2 + weights / 64)
     rows = min(call.outputs, call.inputs + 128 + call.width)  # of the result, that a band meets
     windows = call.diagonals / call.width * rows / 128 * (128 + call.width) * 2
