@@ -79,13 +79,21 @@ def test_the_launcher_trains_a_job(write_job: Any, tmp_path: Path) -> None:
     assert _scalars(run, "topology/sparsity_actual/layers.0")[0] == pytest.approx(1 - 78 / 784)
 
 
+def _updates(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "topology.jsonl").read_text().splitlines()]
+
+
 def test_the_same_training_on_1_and_2_ranks(write_job: Any, run_job: Any, tmp_path: Path) -> None:
     """The global batch, the losses and the topology do not depend on the number of ranks; accumulation makes up for it."""
     for ranks in (1, 2):
         result = run_job(write_job(name=f"on{ranks}"), ranks=ranks)
         assert result.returncode == 0, result.stderr
     one, two = tmp_path / "runs/on1", tmp_path / "runs/on2"
-    assert (one / "topology.jsonl").read_text() == (two / "topology.jsonl").read_text() != ""
+    updates = [_updates(run) for run in (one, two)]
+    margins = [[line.pop(name) for line in lines for name in ("drop_margin", "grow_margin")] for lines in updates]
+    assert updates[0] == updates[1] != []
+    # A margin is the difference of two scores over one of them, and scores are sums in fp32 of other parts of the batch.
+    assert margins[0] == pytest.approx(margins[1], abs=1e-5)
     # fp32 sums in another order, 20 steps.
     assert _scalars(two, "train/loss") == pytest.approx(_scalars(one, "train/loss"), rel=1e-4)
     assert _scalars(two, "eval/accuracy") == _scalars(one, "eval/accuracy")
