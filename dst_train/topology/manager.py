@@ -160,8 +160,7 @@ class Topology:
             RuntimeError: before `bind`, a score that is not finite, or see `GrowthSignal`.
             TopologyMismatchError: the ranks' offsets differ before or after the update.
         """
-        if self._editor is None:
-            raise RuntimeError("Topology.step() before bind(): bind it to the optimiser or the engine first")
+        self._require_bound("step")
         self.steps += 1
         update = self._update() if self._due and applied else None
         if update is not None:
@@ -170,12 +169,14 @@ class Topology:
         return update
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the offsets, which are buffers of the model. After `bind`."""
+        """Everything but the offsets, which are buffers of the model. After `bind`, else RuntimeError."""
+        self._require_bound("state_dict")
         history = {name: history.state_dict() for name, history in self._history.items()}
         return {"steps": self.steps, "updates": self.updates, "due": self._due, "history": history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave; after `bind`, and after the model's own state."""
+        """What `state_dict` gave; after `bind`, else RuntimeError, and after the model's own state."""
+        self._require_bound("load_state_dict")
         self.steps, self.updates, self._due = state["steps"], state["updates"], state["due"]
         for name, history in self._history.items():
             history.load_state_dict(state["history"][name])
@@ -188,6 +189,10 @@ class Topology:
         for name, offsets in self._offsets().items():
             total.update(name.encode() + offsets.numpy().tobytes())
         return total.hexdigest()
+
+    def _require_bound(self, method: str) -> None:
+        if self._editor is None:
+            raise RuntimeError(f"Topology.{method}() before bind(): bind it to the optimiser or the engine first")
 
     def _prepare(self) -> None:
         """Start measuring when the coming step is an update step."""

@@ -47,22 +47,14 @@ def linear_gelu(
 
 
 def dvalues(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
-    call = Call(
-        "gradient",
-        _tokens(x),
-        x.shape[-1],
-        dy.shape[-1],
-        offsets.numel() * band,
-        band,
-        str(x.dtype).removeprefix("torch."),
-    )
-    kernel = choice(call, x.device).kernel
+    kernel = _kernel("gradient", x, dy.shape[-1], offsets, band)
     if kernel == "reference":
         return reference.dvalues(dy, x, offsets, band)
-    ops = torch.ops.dst_ops
+    ops, offsets = torch.ops.dst_ops, offsets.contiguous()
     if kernel == "dense":
-        return ops.cuda_diagonals(_dense_gradient(dy, x), offsets, band)
-    return (ops.cuda_band_dvalues if kernel == "band" else ops.cuda_scalar_dvalues)(dy, x, offsets.contiguous(), band)
+        dweight = _product_in_fp32(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+        return ops.cuda_diagonals(dweight, offsets, band)
+    return (ops.cuda_band_dvalues if kernel == "band" else ops.cuda_scalar_dvalues)(dy, x, offsets, band)
 
 
 def _product(
@@ -78,17 +70,15 @@ def _product(
     before: Tensor | None = None,
 ) -> Tensor:
     inputs = x.shape[-1]
-    call = Call(
-        "product", _tokens(x), inputs, outputs, offsets.numel() * band, band, str(x.dtype).removeprefix("torch.")
-    )
-    kernel = choice(call, x.device).kernel
+    kernel = _kernel("product", x, outputs, offsets, band)
+    offsets = offsets.contiguous()
     if kernel in ("scalar", "band"):
         op = torch.ops.dst_ops.cuda_band if kernel == "band" else torch.ops.dst_ops.cuda_scalar
         scatter = outputs > inputs or (outputs == inputs and not transposed)  # the result is on the longer side
-        return op(x, values, offsets.contiguous(), outputs, band, scatter, bias, gelu, before)
+        return op(x, values, offsets, outputs, band, scatter, bias, gelu, before)
     rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
     if kernel == "dense":
-        weight = torch.ops.dst_ops.cuda_weight(values, offsets.contiguous(), rows, columns, band)
+        weight = torch.ops.dst_ops.cuda_weight(values, offsets, rows, columns, band)
         y = x @ weight if transposed else F.linear(x, weight, bias)
     elif transposed:
         y = reference.linear_transposed(x, values, offsets, outputs, band)
@@ -99,16 +89,15 @@ def _product(
     return F.gelu(y) if gelu else y
 
 
-def _dense_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x in fp32, for half types without rounding on the way."""
-    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if x.dtype == torch.float32:
-        return dy.t() @ x
-    return torch.mm(dy.t(), x, out_dtype=torch.float32) if x.is_cuda else dy.t().float() @ x.float()
+def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32, for half types without rounding on the way."""
+    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _tokens(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
+def _kernel(op: str, x: Tensor, outputs: int, offsets: Tensor, band: int) -> str:
+    inputs, dtype = x.shape[-1], str(x.dtype).removeprefix("torch.")
+    call = Call(op, x.numel() // inputs, inputs, outputs, offsets.numel() * band, band, dtype)
+    return choice(call, x.device).kernel
 
 
 def choice(call: Call, device: torch.device) -> Choice:
@@ -119,7 +108,10 @@ def choice(call: Call, device: torch.device) -> Choice:
 
 @functools.lru_cache(maxsize=4096)
 def _choice(call: Call, device: torch.device, tf32: bool) -> Choice:
-    if device.type != "cuda":  # kernels that tests run on the host
-        return choose(call, "emulator", 227 * 1024)
+    return choose(call, *_gpu(device), tf32)
+
+
+def _gpu(device: torch.device) -> tuple[str, int]:
+    """Its name, and the bytes of shared memory that a block may ask for."""
     properties: Any = torch.cuda.get_device_properties(device)
-    return choose(call, properties.name, properties.shared_memory_per_block_optin, tf32)
+    return properties.name, properties.shared_memory_per_block_optin

@@ -62,6 +62,8 @@ class Emulator:
         assert dst_ops.load()  # before ours: what is registered last serves
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
+        cuda._gpu = lambda device: ("emulator", 227 * 1024)
+        cuda._product_in_fp32 = lambda a, b: a.float() @ b.float()  # torch has no out_dtype on the CPU
         self._registered = torch.library.Library("dst_ops", "IMPL")
         with warnings.catch_warnings():  # torch 2.11 mentions an override also where it is allowed
             warnings.filterwarnings("ignore", "Warning only once for all operators")

@@ -273,8 +273,9 @@ def test_a_dense_model_is_refused() -> None:
 def test_binding_errors() -> None:
     model = _model()
     topology = Topology(model, total_steps=10)
-    with pytest.raises(RuntimeError, match="before bind"):
-        topology.step()
+    for call in (topology.step, topology.state_dict, lambda: topology.load_state_dict({})):
+        with pytest.raises(RuntimeError, match="before bind"):
+            call()
     with pytest.raises(TypeError, match="cannot bind a topology to int"):
         topology.bind(3)
     with pytest.raises(ValueError, match=r"0\.values is not among the optimiser's parameters"):
