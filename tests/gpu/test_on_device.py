@@ -88,7 +88,7 @@ def test_a_graph_is_captured_without_waiting_for_the_device(shape: tuple[int, in
         assert torch.equal(y, infer())
 
 
-def test_a_training_step_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_is_captured() -> None:
     c = case(768, 768, 3, 32, torch.bfloat16, (300,))
     expected = _step(c)
     side = torch.cuda.Stream()
