@@ -273,6 +273,7 @@ def test_a_run_lists_what_is_wrong_or_refused_and_writes_all(
     late = plan_cuda.Job("late", case, torch.float32, plan_cuda.Ours, both, False)
     table = op_cuda.Table(plan_cuda.Limits(1000.0, {torch.bfloat16: 1.0, torch.float32: 1.0}))
     monkeypatch.setattr(op_cuda, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(cuda, "choice", lambda call, device: Choice("scalar", "as told"))
     skipped = list(op_cuda.measure([*jobs, late], table, FakeClock(), CPU, 1, deadline=0.0))
     op_cuda.report("A GPU", table, skipped)
     written = next((tmp_path / "results").iterdir())
