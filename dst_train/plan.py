@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dst_ops
 from dst_train import data, models
-from dst_train.engine import compile_config
+from dst_train.engine import compile_config, sparsify_by, topology_of
 from dst_train.job import BatchPlan, Job, JobError, dump
-from dst_train.sparse import SparsityReport, sparse_layers, sparsify
+from dst_train.sparse import DiagonalLinear, SparsityReport, sparse_layers
 
 # fp32 moments of the optimiser, per parameter.
 _STATES = {"adamw": 2, "sgd": 1}
@@ -65,13 +65,14 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     model = models.build(job.model, seed=job.seed)
     sample = _sample(job)
     dense_flops = _flops(model, sample)
-    parameters = sum(p.numel() for p in model.parameters())
-    report = SparsityReport((), parameters, parameters)
-    if job.sparsity is not None:
-        try:
-            report = sparsify(model, job.sparsity.rules, budget=job.sparsity.budget, seed=job.seed)
-        except ValueError as error:
-            raise JobError(f"sparsity: {error}") from error
+    try:
+        report = sparsify_by(job, model)
+    except ValueError as error:
+        raise JobError(f"sparsity: {error}") from error
+    try:
+        topology_of(job, batch, model)
+    except ValueError as error:
+        raise JobError(f"topology: {error}") from error
     memory, checkpoint = _memory(job, report.parameters, world_size)
     return Plan(
         job, batch, report, (_flops(model, sample), dense_flops), memory, checkpoint, compile_config(job, batch)
@@ -84,14 +85,19 @@ def _sample(job: Job) -> torch.Tensor:
 
 @torch.no_grad()
 def _flops(model: nn.Module, sample: torch.Tensor) -> int:
-    """Matrix products that torch counts, plus 2 K L per token for the diagonal layers, whose op it does not know."""
+    """Matrix products that torch counts, plus 2 K L per token for the diagonal layers, whose op it does not know.
+
+    K is that of the settled topology. Masked layers count as what they are: dense.
+    """
     extra = 0
 
     def count(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         nonlocal extra
-        extra += 2 * layer.values.numel() * (output.numel() // output.shape[-1])  # type: ignore[operator, union-attr]
+        assert isinstance(layer, DiagonalLinear)
+        extra += 2 * layer.num_final * layer.unit_entries * (output.numel() // output.shape[-1])
 
-    handles = [layer.register_forward_hook(count) for layer in sparse_layers(model).values()]
+    diagonal = [layer for layer in sparse_layers(model).values() if isinstance(layer, DiagonalLinear)]
+    handles = [layer.register_forward_hook(count) for layer in diagonal]
     training = model.training
     model.eval()
     try:

@@ -5,17 +5,18 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dst_train.engine.build import sparsify_by, topology_of
 from dst_train.engine.config import compile_config
 
 if TYPE_CHECKING:
     from dst_train.engine.runner import Outcome, run
     from dst_train.engine.session import leave_distributed
 
-__all__ = ["Outcome", "compile_config", "leave_distributed", "run"]
+__all__ = ["Outcome", "compile_config", "leave_distributed", "run", "sparsify_by", "topology_of"]
 
 
 def __getattr__(name: str) -> Any:
-    # DeepSpeed takes seconds to import, and `dst-train plan` needs compile_config only.
+    # DeepSpeed takes seconds to import, and `dst-train plan` needs what stands above only.
     if name in ("Outcome", "run"):
         from dst_train.engine import runner
 

@@ -10,19 +10,23 @@ import torch
 from torch import nn
 
 from dst_train.job import BatchPlan, Job
+from dst_train.sparse import sparse_layers
+
+# Key of a parameter group: its learning rate as a multiple of the job's.
+LR_SCALE = "lr_scale"
 
 
 def build_optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD in two groups: matrices decay, vectors (biases, norms, scales) do not."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.dim() >= 2 else plain).append(parameter)
+    """AdamW or SGD in up to three groups: matrices decay, vectors (biases, norms, scales) do not, nor does the learned
+    importance of units, which has a learning rate of its own."""
+    importance = [layer.alpha for layer in sparse_layers(model).values() if layer.alpha is not None]
+    known = {id(parameter) for parameter in importance}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     spec = job.optimizer
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": spec.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        {"params": importance, "weight_decay": 0.0, LR_SCALE: job.topology.alpha_lr},
     ]
     groups = [group for group in groups if group["params"]]
     if spec.name == "sgd":
@@ -46,4 +50,4 @@ def learning_rate(job: Job, plan: BatchPlan, step: int) -> float:
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
     for group in groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(LR_SCALE, 1.0)

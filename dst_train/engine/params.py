@@ -1,4 +1,4 @@
-"""Rows of a parameter under ZeRO 0 to 3: fp32 master, the copy that the forward pass reads, and optimiser state.
+"""Elements of a parameter under ZeRO 0 to 3: fp32 master, the copy that the forward pass reads, and optimiser state.
 
 DeepSpeed 0.19's `safe_set_full_*` helpers leave the low-precision copy stale until the next step (stages 1, 2), raise on
 some ranks when a parameter does not divide by the world size (stage 3) and do nothing at stage 0; this module edits the
@@ -15,7 +15,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from dst_train.topology.editor import SECOND_MOMENTS, editor_for, row_state, row_sums
+from dst_train.topology.editor import SlotOf, editor_for, element_state, slot_sums, write_elements
 
 
 @dataclass(frozen=True)
@@ -52,40 +52,32 @@ class DeepSpeedEditor:
         ):
             raise ValueError(f"{name} is not among the optimiser's parameters; create the optimiser after sparsify()")
 
-    def row_sums(self, parameter: nn.Parameter) -> Tensor:
-        rows, length = self.shape(parameter)
+    def sums(self, parameter: nn.Parameter, slot_of: SlotOf, num_slots: int) -> Tensor:
         piece = self.piece(parameter)
         if piece is None:
-            return torch.zeros(2, rows, dtype=torch.float64, device=parameter.device)
-        sums = row_sums(piece.master, piece.state, piece.start, rows, length)
+            return torch.zeros(3, num_slots, dtype=torch.float64, device=parameter.device)
+        sums = slot_sums(piece.master, piece.state, piece.start, slot_of, num_slots)
         return sums / self._world_size if self._stage == 0 else sums
 
     @torch.no_grad()
-    def reset_rows(self, parameter: nn.Parameter, rows: Tensor, second_moment: float) -> None:
-        _, length = self.shape(parameter)
+    def write(self, parameter: nn.Parameter, elements: Tensor, value: float | Tensor, second_moment: float) -> None:
         piece = self.piece(parameter)
         if piece is not None:
-            flat = (rows[:, None] * length + torch.arange(length)).flatten() - piece.start
-            mine = flat[(flat >= 0) & (flat < piece.master.numel())].to(piece.master.device)
-            piece.master[mine] = 0
-            for key, tensor in piece.state.items():
-                tensor[mine] = second_moment if key in SECOND_MOMENTS else 0.0
+            local = elements - piece.start
+            mine = (local >= 0) & (local < piece.master.numel())
+            part = value[mine] if isinstance(value, Tensor) else value
+            write_elements(piece.master, piece.state, local[mine], part, second_moment)
         if self._stage == 3:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.data[rows.to(parameter.device)] = 0
+                write_elements(parameter.data, {}, elements, value, second_moment)
         elif self._stage in (1, 2):
-            parameter.data[rows.to(parameter.device)] = 0  # in place: the data is a view into DeepSpeed's flat buffer
-
-    def shape(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """The whole parameter's shape; under ZeRO 3 `parameter.shape` is empty between steps."""
-        rows, length = getattr(parameter, "ds_shape", parameter.shape)
-        return rows, length
+            write_elements(parameter.data, {}, elements, value, second_moment)  # a view into DeepSpeed's flat buffer
 
     def piece(self, parameter: nn.Parameter) -> Piece | None:
         """What this rank owns of the parameter, or None when it owns nothing of it."""
         optimizer = self._engine.optimizer
         if self._stage == 0:
-            state = row_state(optimizer.state.get(parameter, {}), parameter.numel())
+            state = element_state(optimizer.state.get(parameter, {}), parameter.numel())
             return Piece(0, parameter.data.view(-1), {k: v.view(-1) for k, v in state.items()})
         if self._stage in (1, 2):
             return self._fragment(parameter)
@@ -97,7 +89,7 @@ class DeepSpeedEditor:
         if mapping is None:
             return None
         master = mapping.hp_fragment
-        state = row_state(mapping.optim_fragment or {}, master.numel())
+        state = element_state(mapping.optim_fragment or {}, master.numel())
         return Piece(mapping.lp_fragment_address.start, master, state)
 
     @staticmethod
@@ -109,7 +101,7 @@ class DeepSpeedEditor:
         if numel <= 0:
             return None
         flat = optimizer.fp32_partitioned_groups_flat[group]
-        state = row_state(optimizer.optimizer.state.get(flat, {}), flat.numel())
+        state = element_state(optimizer.optimizer.state.get(flat, {}), flat.numel())
         return Piece(start, flat.narrow(0, offset, numel), {k: v.narrow(0, offset, numel) for k, v in state.items()})
 
 

@@ -16,10 +16,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 import dst_train.engine.params  # noqa: F401  (registers the DeepSpeed editor that Topology.bind looks up)
 from dst_train import models
+from dst_train.engine.build import sparsify_by, topology_of
 from dst_train.engine.config import compile_config
 from dst_train.engine.optim import build_optimizer
 from dst_train.job import BatchPlan, Job
-from dst_train.sparse import SparsityReport, sparsify
+from dst_train.sparse import SparsityReport
 from dst_train.topology import Topology
 
 
@@ -53,25 +54,10 @@ def leave_distributed() -> None:
 def build_session(job: Job, plan: BatchPlan) -> Session:
     """Model, sparse layers, optimiser, engine and topology of a job. Collective; the same on every rank."""
     model = models.build(job.model, seed=job.seed)
-    if job.sparsity is None:
-        parameters = sum(p.numel() for p in model.parameters())
-        report = SparsityReport((), parameters, parameters)
-    else:
-        report = sparsify(model, job.sparsity.rules, budget=job.sparsity.budget, seed=job.seed)
+    report = sparsify_by(job, model)
     optimizer = build_optimizer(job, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=compile_config(job, plan))
-    topology = Topology(
-        engine.module,
-        method=job.topology.method if report.layers else "static",
-        total_steps=plan.total_steps,
-        every=job.topology.update.every,
-        until=job.topology.update.until,
-        drop_fraction=job.topology.drop_fraction,
-        grow_signal=job.topology.grow_signal,
-        gradient_weight=job.topology.gradient_weight,
-        seed=job.seed,
-        accumulation=plan.accumulation,
-    ).bind(engine)
+    topology = topology_of(job, plan, engine.module).bind(engine)
     _seed(job.seed, dist.get_rank())
     return Session(engine, topology, report, torch.bfloat16 if job.train.precision == "bf16_params" else torch.float32)
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+# A number, or `full` for all units, which is infinity in the job.
+Explore = Annotated[
+    float,
+    Field(ge=1.0),
+    BeforeValidator(lambda value: math.inf if value == "full" else value),
+    PlainSerializer(lambda value: "full" if value == math.inf else value),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 1}, {"const": "full"}]}),
+]
 
 
 class Strict(BaseModel):
@@ -38,11 +47,14 @@ Model = Annotated[TimmModel | MLPModel, Field(discriminator="builder")]
 class Rule(Strict):
     match: str
     """Glob over module names, for example `blocks.*.mlp.fc*`. The last rule that matches a layer wins."""
-    pattern: Literal["diagonal"] = "diagonal"
+    pattern: Literal["diagonal", "unstructured", "constant_fan_in", "n_m", "block"] = "diagonal"
+    """All but `diagonal` are a dense weight and a mask: baselines for accuracy, not for speed."""
     sparsity: Share | None
     """Share of weights that are absent; null keeps the layer dense."""
     band: Positive = 1
     """Adjacent diagonals chosen as one unit; must divide max(in_features, out_features)."""
+    size: Positive = 1
+    """Of `n_m`, adjacent entries of a row, N = (1 - sparsity) * size of which stay; of `block`, the side of a tile."""
 
 
 class Sparsity(Strict):
@@ -58,8 +70,16 @@ class Update(Strict):
     """Share of the training after which the topology is frozen."""
 
 
+class Temperature(Strict):
+    """Of the soft gate of `explore: full`: from start to end by cosine until `update.until`. The paper gives no values; these
+    are those of its code's example."""
+
+    start: Annotated[float, Field(gt=0.0)] = 5.0
+    end: Annotated[float, Field(gt=0.0)] = 0.05
+
+
 class Topology(Strict):
-    method: Literal["static", "set", "rigl", "mest"] = "rigl"
+    method: Literal["static", "set", "rigl", "mest", "dynadiag"] = "rigl"
     update: Update = Update()
     drop_fraction: Fraction = 0.3
     """Share of the active units replaced at the first update; decays to 0 by cosine."""
@@ -67,6 +87,32 @@ class Topology(Strict):
     """`exact`: |mean gradient over ranks|, the same topology on any number of ranks. `local`: mean over ranks of |gradient|, cheaper."""
     gradient_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """`mest` drops the units with the smallest mean of |value| + gradient_weight * |gradient|."""
+    explore: Explore | None = None
+    """Active units at first, as a multiple of those that stay; shrinks to 1 by cosine over the first 40 % of `update.until`.
+    By default 2 for `dynadiag`, 1 for others. `full`, for `dynadiag` only: the soft gate over all units of the paper's code."""
+    alpha_lr: Annotated[float, Field(gt=0.0)] = 10.0
+    """Learning rate of `dynadiag`'s alpha, as a multiple of the optimiser's."""
+    temperature: Temperature = Temperature()
+
+    @property
+    def explore_factor(self) -> float:
+        """`explore`, or its default."""
+        if self.explore is None:
+            return 2.0 if self.method == "dynadiag" else 1.0
+        return self.explore
+
+    @property
+    def gate(self) -> str | None:
+        """The gate of the sparse layers, see `dst_train.sparse.DiagonalLinear`."""
+        if self.method != "dynadiag":
+            return None
+        return "soft" if self.explore == math.inf else "straight_through"
+
+    @model_validator(mode="after")
+    def _full_is_of_dynadiag(self) -> Topology:
+        if self.explore == math.inf and self.method != "dynadiag":
+            raise ValueError(f"explore full belongs to method dynadiag, not to {self.method}; give a number")
+        return self
 
 
 class Split(Strict):
@@ -178,6 +224,15 @@ class Job(Strict):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     monitor: Monitor = Monitor()
+
+    @model_validator(mode="after")
+    def _alpha_needs_adam(self) -> Job:
+        if self.topology.method == "dynadiag" and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"topology.method dynadiag with optimizer.name {self.optimizer.name}: the gradients of alpha have no scale "
+                "of their own, as only Adam can take them; use adamw"
+            )
+        return self
 
     @model_validator(mode="after")
     def _what_stage_0_cannot_do(self) -> Job:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dst_train.monitor.run_directory import RunDirectory
+from dst_train.monitor.run_directory import LISTED_UNITS, RunDirectory
 from dst_train.sparse import SparsityReport
-from dst_train.topology import TopologyUpdate
+from dst_train.topology import LayerUpdate, TopologyUpdate
 
 PICTURE_ROWS = 256
 
@@ -90,17 +90,24 @@ class Monitor:
             scalars[f"topology/sparsity_actual/{layer.name}"] = 1.0 - len(layer.active) / layer.num_units
             scalars[f"topology/mean_age/{layer.name}"] = layer.mean_age
             scalars[f"topology/explored/{layer.name}"] = layer.explored
-            scalars[f"topology/uncovered/{layer.name}"] = layer.uncovered
-            for name, margin in (("drop_margin", layer.drop_margin), ("grow_margin", layer.grow_margin)):
-                if margin is not None:
-                    scalars[f"topology/{name}/{layer.name}"] = margin
-            rows = self._history.setdefault(layer.name, [])
-            rows.append(layer.active)
-            del rows[:-PICTURE_ROWS]
-            if self._writer is not None:
-                image = picture(rows, layer.num_units)
-                self._writer.add_image(f"units/{layer.name}", image, update.step, dataformats="HW")
+            for name in ("uncovered", "drop_margin", "grow_margin", "effective_units", "temperature"):
+                value = getattr(layer, name)
+                if value is not None:
+                    scalars[f"topology/{name}/{layer.name}"] = value
+            self._picture(layer, update.step)
         self._scalars(update.step, scalars)
+
+    def _picture(self, layer: LayerUpdate, step: int) -> None:
+        """The active units over the updates, where a line of them is short enough to see, and the gates."""
+        if self._writer is not None and layer.gates is not None:
+            self._writer.add_histogram(f"gates/{layer.name}", torch.tensor(layer.gates), step)
+        if layer.num_units > LISTED_UNITS:
+            return
+        rows = self._history.setdefault(layer.name, [])
+        rows.append(layer.active)
+        del rows[:-PICTURE_ROWS]
+        if self._writer is not None:
+            self._writer.add_image(f"units/{layer.name}", picture(rows, layer.num_units), step, dataformats="HW")
 
     def message(self, text: str) -> None:
         """A line on the terminal and in log.txt."""

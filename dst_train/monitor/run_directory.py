@@ -9,6 +9,21 @@ from pathlib import Path
 from dst_train.monitor.environment import environment
 from dst_train.topology import TopologyUpdate
 
+# A mask of single entries has as many units as the weight has entries.
+LISTED_UNITS = 16384
+# Of LayerUpdate.
+TOLD = (
+    "churn",
+    "mean_age",
+    "explored",
+    "uncovered",
+    "drop_margin",
+    "grow_margin",
+    "gates",
+    "effective_units",
+    "temperature",
+)
+
 
 class RunDirectory:
     """`path` holds job.yaml, ds_config.json, env.json, tensorboard/, checkpoints/, topology.jsonl and log.txt."""
@@ -31,29 +46,16 @@ class RunDirectory:
         self.write_text("env.json", json.dumps(environment(), indent=2))
 
     def append_topology(self, update: TopologyUpdate) -> None:
-        """One line for each layer of an update."""
-        lines = [
-            json.dumps(
-                {
-                    "step": update.step,
-                    "number": update.number,
-                    "layer": layer.name,
-                    "dropped": layer.dropped,
-                    "grown": layer.grown,
-                    "churn": layer.churn,
-                    "active": layer.active,
-                    "mean_age": layer.mean_age,
-                    "explored": layer.explored,
-                    "uncovered": layer.uncovered,
-                    "drop_margin": layer.drop_margin,
-                    "grow_margin": layer.grow_margin,
-                    "digest": update.digest,
-                }
-            )
-            for layer in update.layers
-        ]
+        """One line for each layer of an update. Units are listed for layers with at most LISTED_UNITS, else counted."""
         with self.topology.open("a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
+            for layer in update.layers:
+                entry = {"step": update.step, "number": update.number, "layer": layer.name, "digest": update.digest}
+                for key in ("dropped", "grown", "active"):
+                    units = getattr(layer, key)
+                    entry[key] = units if layer.num_units <= LISTED_UNITS else len(units)
+                for key in TOLD:
+                    entry[key] = getattr(layer, key)
+                file.write(json.dumps(entry) + "\n")
 
     def truncate_topology(self, after_step: int) -> None:
         """Forget updates after a step: a resumed run makes them again. A last line cut by a crash goes too."""
@@ -70,10 +72,11 @@ class RunDirectory:
         self.write_text(self.topology.name, "".join(kept))
 
     def active_units(self) -> dict[str, list[tuple[int, ...]]]:
-        """By layer, the active units after each update so far."""
+        """By layer, the active units after each update so far, as far as they are listed."""
         history: dict[str, list[tuple[int, ...]]] = {}
         if self.topology.is_file():
             for line in self.topology.read_text(encoding="utf-8").splitlines():
                 entry = json.loads(line)
-                history.setdefault(entry["layer"], []).append(tuple(entry["active"]))
+                if isinstance(entry["active"], list):
+                    history.setdefault(entry["layer"], []).append(tuple(entry["active"]))
         return history

@@ -8,26 +8,33 @@ import torch
 from torch import Tensor, nn
 
 import dst_ops
+from dst_train.sparse.layer import Reduce, SparseLayer, count_active
+
+GATES = ("straight_through", "soft")
 
 
-class DiagonalLinear(nn.Module):
+class DiagonalLinear(SparseLayer):
     """`y = x W^T + b` with a diagonally sparse W of shape [out_features, in_features]; W itself is never stored.
 
     With P = max(out_features, in_features) candidate diagonals of length L = min(...), a *unit* is `band` adjacent
-    candidates. `num_active` of the `num_units` = P / band units are present (DynaDiag, arXiv 2506.11449, section 3).
+    candidates. `num_final` of the `num_units` = P / band units stay (DynaDiag, arXiv 2506.11449, section 3).
 
     Attributes:
-        values: Parameter [num_active * band, L]; rows `s * band ... (s + 1) * band - 1` belong to slot s.
-        offsets: int32 buffer [num_active]; the unit held by slot s. Its order has no meaning; units do not repeat.
+        values: Parameter [slots * band, L]; rows `s * band ... (s + 1) * band - 1` belong to slot s. Free slots hold zeros.
+        offsets: int32 buffer [slots]; the unit held by slot s, -1 for none. Its order has no meaning; units do not repeat.
         bias: Parameter [out_features] or None.
+        alpha: with a gate, Parameter [num_units], zeros at first.
 
     Args:
         sparsity: share of absent weights, in [0, 1); at least one unit stays.
         band: adjacent diagonals per unit; must divide P.
+        explore: active units at first, as a multiple of `num_final`; inf for all. There are as many slots.
+        gate: `straight_through`: alpha receives the gradient of factors K softmax(alpha) of the active units, the weight
+            is multiplied by 1. `soft`: the weight is multiplied by min(1, K softmax(alpha / temperature)). None: no alpha.
         generator: CPU generator that draws the first offsets; the global one when None.
 
     Raises:
-        ValueError: a size below 1, sparsity outside [0, 1), or a band that does not divide P.
+        ValueError: a size below 1, sparsity outside [0, 1), explore below 1, an unknown gate, or a band that does not divide P.
     """
 
     offsets: Tensor
@@ -40,6 +47,8 @@ class DiagonalLinear(nn.Module):
         sparsity: float,
         band: int = 1,
         bias: bool = True,
+        explore: float = 1.0,
+        gate: str | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -52,30 +61,63 @@ class DiagonalLinear(nn.Module):
             raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
         if band < 1 or candidates % band:
             raise ValueError(f"band={band}: must divide max(in_features, out_features)={candidates}")
+        if not explore >= 1.0:
+            raise ValueError(f"explore={explore}: must be at least 1")
+        if gate is not None and gate not in GATES:
+            raise ValueError(f"gate={gate!r}: choose one of {', '.join(GATES)}, or None")
         self.in_features = in_features
         self.out_features = out_features
         self.band = band
+        self.length = min(in_features, out_features)
         self.num_units = candidates // band
-        num_active = max(1, round((1.0 - sparsity) * self.num_units))
-        offsets = torch.randperm(self.num_units, generator=generator)[:num_active].sort().values
+        self.unit_entries = band * self.length
+        self.num_final = count_active(1.0 - sparsity, self.num_units)
+        self.num_start = round(min(explore * self.num_final, float(self.num_units)))
+        offsets = torch.randperm(self.num_units, generator=generator)[: self.num_start].sort().values
         self.register_buffer("offsets", offsets.to(device=device, dtype=torch.int32))
-        length = min(in_features, out_features)
-        self.values = nn.Parameter(torch.empty(num_active * band, length, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self._taken: Tensor | None = None
+        self.register_load_state_dict_post_hook(lambda module, _: module._find_taken())
+        factory = {"device": device, "dtype": dtype}
+        self.values = nn.Parameter(torch.empty(self.num_start * band, self.length, **factory))  # type: ignore[arg-type]
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None  # type: ignore[arg-type]
+        self.gate = gate
+        self.alpha = None if gate is None else nn.Parameter(torch.zeros(self.num_units, **factory))  # type: ignore[arg-type]
         self.reset_parameters()
 
     @property
-    def num_active(self) -> int:
-        return self.offsets.numel()
+    def stored(self) -> nn.Parameter:
+        return self.values
 
-    @property
-    def density(self) -> float:
-        """Share of the dense weight's entries that are present."""
-        return self.num_active / self.num_units
+    def units(self) -> Tensor:
+        return self.offsets.detach().cpu().long()
+
+    @torch.no_grad()
+    def replace(self, dropped: Tensor, grown: Tensor) -> Tensor:
+        units = self.units()
+        freed = torch.nonzero(torch.isin(units, dropped)).flatten()
+        units[freed] = -1
+        # Freed slots first: as long as the number of units stays, no other row is touched.
+        others = torch.nonzero(units < 0).flatten()
+        free = torch.cat([freed, others[~torch.isin(others, freed)]])[: grown.numel()]
+        units[free] = grown
+        self.offsets.copy_(units)
+        self._find_taken()
+        return torch.cat([freed, free]).unique()
+
+    def slot_of(self, element: Tensor) -> Tensor:
+        return element // self.unit_entries
+
+    def elements(self, slots: Tensor) -> Tensor:
+        return (slots[:, None] * self.unit_entries + torch.arange(self.unit_entries)).flatten()
+
+    def unit_scores(self, x: Tensor, dy: Tensor, reduce: Reduce | None) -> Tensor:
+        return dst_ops.diagonal_scores(
+            x, dy, out_features=self.out_features, in_features=self.in_features, band=self.band, reduce=reduce
+        )
 
     def reset_parameters(self) -> None:
         """nn.Linear's uniform initialisation, with the mean number of active inputs of an output in place of in_features."""
-        bound = 1.0 / math.sqrt(self.in_features * self.density)
+        bound = 1.0 / math.sqrt(self.in_features * self.num_start / self.num_units)
         nn.init.uniform_(self.values, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1.0 / math.sqrt(self.in_features), 1.0 / math.sqrt(self.in_features))
@@ -88,16 +130,17 @@ class DiagonalLinear(nn.Module):
         weight: [out_features, in_features]; bias: [out_features] or None.
         """
         values = dst_ops.from_dense(weight, self.offsets, band=self.band)
-        self.values.copy_(values / math.sqrt(self.density))
+        self.values.copy_(values / math.sqrt(self.num_start / self.num_units))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
+        values, offsets = self._present()
         return dst_ops.diagonal_linear(
             x,
-            self.values,
-            self.offsets,
+            values,
+            offsets,
             self.bias,
             out_features=self.out_features,
             in_features=self.in_features,
@@ -105,13 +148,33 @@ class DiagonalLinear(nn.Module):
         )
 
     def to_dense(self) -> Tensor:
-        """The weight as a dense [out_features, in_features] tensor, for inspection and export."""
+        values, offsets = self._present()
         return dst_ops.to_dense(
-            self.values, self.offsets, out_features=self.out_features, in_features=self.in_features, band=self.band
+            values, offsets, out_features=self.out_features, in_features=self.in_features, band=self.band
         )
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, units={self.num_active}/{self.num_units}, band={self.band}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}, gate={self.gate}"
         )
+
+    def _present(self) -> tuple[Tensor, Tensor]:
+        """Values [K, L] and offsets of the active units, through the gate."""
+        values: Tensor = self.values
+        offsets = self.offsets
+        if self._taken is not None:
+            values = values.view(-1, self.unit_entries)[self._taken].view(-1, self.length)
+            offsets = offsets[self._taken]
+        if self.gate is None or self.alpha is None:
+            return values, offsets
+        gates = self.gates(self.alpha, offsets.long())
+        if self.gate == "straight_through":
+            gates = gates - gates.detach() + 1.0  # in this order exactly 1
+        gated = values.view(offsets.numel(), -1) * gates.to(values.dtype)[:, None]
+        return gated.view_as(values), offsets
+
+    def _find_taken(self) -> None:
+        """The slots that hold a unit, where not all do: found once an update, as it makes the host wait for the device."""
+        taken = torch.nonzero(self.offsets >= 0).flatten()
+        self._taken = None if taken.numel() == self.offsets.numel() else taken

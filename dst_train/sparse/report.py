@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced layer. Counts of parameters include the bias."""
+    """One replaced layer. size: the band of diagonals, or that of the pattern. num_active: units when the topology is settled.
+
+    parameters: stored ones, with bias, and with what dynadiag keeps beyond `num_active`; dense_parameters: with bias.
+    """
 
     name: str
     in_features: int
     out_features: int
     pattern: str
-    band: int
+    size: int
     num_active: int
     num_units: int
     target_sparsity: float
@@ -43,13 +46,13 @@ class SparsityReport:
     def __str__(self) -> str:
         width = max([len("layer"), *(len(r.name) for r in self.layers)])
         lines = [
-            f"{'layer':<{width}}  {'out x in':>13}  {'pattern':>12}  {'units':>11}  {'density':>7}  {'parameters':>10}"
+            f"{'layer':<{width}}  {'out x in':>13}  {'pattern':>15}  {'units':>11}  {'density':>7}  {'parameters':>10}"
         ]
         for r in self.layers:
             shape, units = f"{r.out_features} x {r.in_features}", f"{r.num_active} / {r.num_units}"
-            pattern = r.pattern if r.band == 1 else f"{r.pattern} w={r.band}"
+            pattern = r.pattern if r.size == 1 else f"{r.pattern} {r.size}"
             lines.append(
-                f"{r.name:<{width}}  {shape:>13}  {pattern:>12}  {units:>11}  {r.density:>7.4f}  {r.parameters:>10,}"
+                f"{r.name:<{width}}  {shape:>13}  {pattern:>15}  {units:>11}  {r.density:>7.4f}  {r.parameters:>10,}"
             )
         lines.append(
             f"model: {self.parameters:,} parameters, {self.dense_parameters:,} when dense; "

@@ -13,18 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from dst_train.sparse.budget import densities
+from dst_train.sparse.layer import SparseLayer
 from dst_train.sparse.linear import DiagonalLinear
+from dst_train.sparse.masked import PATTERNS, MaskedLinear
 from dst_train.sparse.report import LayerReport, SparsityReport
 
 
 @dataclass(frozen=True)
 class SparsityRule:
-    """`match`: glob over module names. `sparsity`: share of absent weights in [0, 1), or None to keep the layer dense."""
+    """`match`: glob over module names. `sparsity`: share of absent weights in [0, 1), or None to keep the layer dense.
+
+    `pattern`: `diagonal` (see `DiagonalLinear`, `band`) or one of `MaskedLinear`'s (`size`: of `n_m` and `block`).
+    """
 
     match: str
     sparsity: float | None
     pattern: str = "diagonal"
     band: int = 1
+    size: int = 1
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,20 @@ class _Dense:
     bias: Tensor | None
 
 
-def sparse_layers(model: nn.Module) -> dict[str, DiagonalLinear]:
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The sparse layers of a model by name, in the order of `named_modules()`."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, DiagonalLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
 
 
-def sparsify(model: nn.Module, rules: Sequence[Any], *, budget: str = "uniform", seed: int = 0) -> SparsityReport:
+def sparsify(
+    model: nn.Module,
+    rules: Sequence[Any],
+    *,
+    budget: str = "uniform",
+    seed: int = 0,
+    explore: float = 1.0,
+    gate: str | None = None,
+) -> SparsityReport:
     """Replace `nn.Linear` (and Hugging Face `Conv1D`) modules of `model` in place.
 
     For each layer the last rule whose glob matches its name decides. The values start from the layer's own dense
@@ -50,11 +64,14 @@ def sparsify(model: nn.Module, rules: Sequence[Any], *, budget: str = "uniform",
     Args:
         rules: SparsityRule, or mappings or objects with the same keys (`{"match": "*.mlp.*", "sparsity": 0.9}`).
         budget: see `dst_train.sparse.densities`.
-        seed: the first offsets are a pure function of (seed, position of the layer in the model).
+        seed: the first active units are a pure function of (seed, position of the layer in the model).
+        explore: active units at first, as a multiple of those that stay (`Topology` shrinks them); inf for all.
+        gate: of diagonal layers, see `DiagonalLinear`; `straight_through` for the method dynadiag.
 
     Raises:
-        ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band that does not
-            divide a layer, a weight that two modules share, or sparsity outside [0, 1).
+        ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
+            divide a layer or does not belong to the pattern, a weight that two modules share, sparsity outside [0, 1),
+            explore below 1, an unknown gate, or a gate for a layer that is not diagonal.
     """
     parsed = [_parse(rule) for rule in rules]
     dense = _replaceable(model)
@@ -65,7 +82,9 @@ def sparsify(model: nn.Module, rules: Sequence[Any], *, budget: str = "uniform",
         [1.0 - (rule.sparsity or 0.0) for _, rule in chosen],
     )
     dense_parameters = sum(p.numel() for p in model.parameters())
-    built = [_build(i, layer, rule, d, seed) for i, ((layer, rule), d) in enumerate(zip(chosen, density, strict=True))]
+    built = []
+    for i, ((layer, rule), share) in enumerate(zip(chosen, density, strict=True)):
+        built.append(_build(layer, rule, share, _layer_seed(seed, i), explore, gate))
     for report, module in built:
         parent, _, child = report.name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
@@ -81,8 +100,12 @@ def _parse(rule: Any) -> SparsityRule:
         rule = SparsityRule(**rule)
     else:
         rule = SparsityRule(**{name: getattr(rule, name) for name in names})
-    if rule.pattern != "diagonal":
-        raise ValueError(f"rule {rule.match!r}: pattern {rule.pattern!r} is unknown; the only one so far is diagonal")
+    known = ("diagonal", *PATTERNS)
+    if rule.pattern not in known:
+        raise ValueError(f"rule {rule.match!r}: pattern {rule.pattern!r} is unknown; choose one of {', '.join(known)}")
+    for key, owners in (("band", ("diagonal",)), ("size", ("n_m", "block"))):
+        if getattr(rule, key) != 1 and rule.pattern not in owners:
+            raise ValueError(f"rule {rule.match!r}: {key} belongs to {' and '.join(owners)}, not to {rule.pattern}")
     if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:
         raise ValueError(f"rule {rule.match!r}: sparsity {rule.sparsity} must be in [0, 1), or null to stay dense")
     return rule
@@ -122,39 +145,47 @@ def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Modul
 
 
 def _build(
-    index: int, layer: _Dense, rule: SparsityRule, density: float, seed: int
-) -> tuple[LayerReport, DiagonalLinear]:
-    out_features, in_features = layer.weight.shape
+    layer: _Dense, rule: SparsityRule, density: float, seed: int, explore: float, gate: str | None
+) -> tuple[LayerReport, SparseLayer]:
     try:
         # The constructor's own draw from the global generator is overwritten below: leave no trace of it.
         with torch.random.fork_rng(devices=[]):
-            module = DiagonalLinear(
-                in_features,
-                out_features,
-                sparsity=max(0.0, 1.0 - density),
-                band=rule.band,
-                bias=layer.bias is not None,
-                generator=torch.Generator().manual_seed(_layer_seed(seed, index)),
-                device=layer.weight.device,
-                dtype=layer.weight.dtype,
-            )
+            module = _module(layer, rule, density, seed, explore, gate)
     except ValueError as error:
         raise ValueError(f"layer {layer.name} (rule {rule.match!r}): {error}") from error
     module.load_dense_init(layer.weight, layer.bias)
-    bias = 0 if layer.bias is None else layer.bias.numel()
     report = LayerReport(
         name=layer.name,
-        in_features=in_features,
-        out_features=out_features,
+        in_features=module.in_features,
+        out_features=module.out_features,
         pattern=rule.pattern,
-        band=rule.band,
-        num_active=module.num_active,
+        size=rule.band if rule.pattern == "diagonal" else rule.size,
+        num_active=module.num_final,
         num_units=module.num_units,
         target_sparsity=1.0 - density,
         parameters=sum(p.numel() for p in module.parameters()),
-        dense_parameters=layer.weight.numel() + bias,
+        dense_parameters=layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()),
     )
     return report, module
+
+
+def _module(
+    layer: _Dense, rule: SparsityRule, density: float, seed: int, explore: float, gate: str | None
+) -> DiagonalLinear | MaskedLinear:
+    out_features, in_features = layer.weight.shape
+    shared: dict[str, Any] = {
+        "sparsity": max(0.0, 1.0 - density),
+        "bias": layer.bias is not None,
+        "explore": explore,
+        "generator": torch.Generator().manual_seed(seed),
+        "device": layer.weight.device,
+        "dtype": layer.weight.dtype,
+    }
+    if rule.pattern == "diagonal":
+        return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, **shared)
+    if gate is not None:
+        raise ValueError(f"gate={gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
+    return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **shared)
 
 
 def _layer_seed(seed: int, index: int) -> int:

@@ -1,31 +1,36 @@
-"""Reading and editing rows of a parameter together with its optimiser state, wherever they live."""
+"""Reading and editing elements of a parameter together with its optimiser state, wherever they live."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import singledispatch
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-# State tensors of the parameter's shape, by what a regrown row gets. Others are refused: resetting them by guess corrupts training.
+# State tensors of the parameter's shape, by what a regrown unit gets. Others are refused: resetting them by guess corrupts training.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq",)
 
 
+SlotOf = Callable[[Tensor], Tensor]
+
+
 class ParameterEditor(Protocol):
-    """Rows are those of the whole 2-D parameter, also when a rank owns only a part of it."""
+    """Elements are flat positions in the whole parameter, also when a rank owns only a part of it."""
 
     def check(self, name: str, parameter: nn.Parameter) -> None:
         """Raise ValueError if the parameter is not optimised."""
 
-    def row_sums(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's share of [2, rows] float64: row sums of |value| and of the second moment; ranks sum to the whole."""
+    def sums(self, parameter: nn.Parameter, slot_of: SlotOf, num_slots: int) -> Tensor:
+        """This rank's share of [3, num_slots] float64: sums over each slot's elements of the value, of |value| and of the
+        second moment; the shares of all ranks sum to the whole. slot_of: flat elements, int64 -> their slots."""
 
-    def reset_rows(self, parameter: nn.Parameter, rows: Tensor, second_moment: float) -> None:
-        """Rows (int64 [r], CPU) become 0 in every copy of the value, 0 in first and `second_moment` in second moments.
+    def write(self, parameter: nn.Parameter, elements: Tensor, value: float | Tensor, second_moment: float) -> None:
+        """Elements (int64 [e], CPU) get `value` (one for all, or [e]) in every copy, first moments 0, and `second_moment`.
 
-        All ranks call it with the same arguments. All other rows stay bit for bit what they are.
+        All ranks call it with the same arguments. All other elements stay bit for bit what they are.
         """
 
 
@@ -54,19 +59,17 @@ class TorchEditor:
         if not any(parameter is p for group in self._optimizer.param_groups for p in group["params"]):
             raise ValueError(f"{name} is not among the optimiser's parameters; create the optimiser after sparsify()")
 
-    def row_sums(self, parameter: nn.Parameter) -> Tensor:
-        state = row_state(self._optimizer.state.get(parameter, {}), parameter.numel())
-        return row_sums(parameter.detach(), state, 0, parameter.shape[0], parameter.shape[1]) / self._world_size
+    def sums(self, parameter: nn.Parameter, slot_of: SlotOf, num_slots: int) -> Tensor:
+        state = element_state(self._optimizer.state.get(parameter, {}), parameter.numel())
+        return slot_sums(parameter.detach(), state, 0, slot_of, num_slots) / self._world_size
 
     @torch.no_grad()
-    def reset_rows(self, parameter: nn.Parameter, rows: Tensor, second_moment: float) -> None:
-        rows = rows.to(parameter.device)
-        parameter[rows] = 0
-        for key, tensor in row_state(self._optimizer.state.get(parameter, {}), parameter.numel()).items():
-            tensor[rows] = second_moment if key in SECOND_MOMENTS else 0.0
+    def write(self, parameter: nn.Parameter, elements: Tensor, value: float | Tensor, second_moment: float) -> None:
+        state = element_state(self._optimizer.state.get(parameter, {}), parameter.numel())
+        write_elements(parameter, {k: v.view(-1) for k, v in state.items()}, elements, value, second_moment)
 
 
-def row_state(state: dict[str, Any], numel: int) -> dict[str, Tensor]:
+def element_state(state: dict[str, Any], numel: int) -> dict[str, Tensor]:
     """The entries of an optimiser state that hold one number per element.
 
     Raises:
@@ -86,12 +89,25 @@ def row_state(state: dict[str, Any], numel: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def row_sums(values: Tensor, state: dict[str, Tensor], start: int, rows: int, length: int) -> Tensor:
-    """Row sums [2, rows] in float64 of a piece that begins at flat element `start` of a [rows, length] parameter."""
-    row = (torch.arange(values.numel(), device=values.device) + start) // length
-    sums = torch.zeros(2, rows, dtype=torch.float64, device=values.device)
-    sums[0].index_add_(0, row, values.reshape(-1).double().abs())
+def slot_sums(values: Tensor, state: dict[str, Tensor], start: int, slot_of: SlotOf, num_slots: int) -> Tensor:
+    """Sums [3, num_slots] in float64, as `ParameterEditor.sums`, of a piece that begins at flat element `start`."""
+    slot = slot_of(torch.arange(values.numel(), device=values.device) + start)
+    flat = values.reshape(-1).double()
+    sums = torch.zeros(3, num_slots, dtype=torch.float64, device=values.device)
+    sums[0].index_add_(0, slot, flat)
+    sums[1].index_add_(0, slot, flat.abs())
     for key in SECOND_MOMENTS:
         if key in state:
-            sums[1].index_add_(0, row, state[key].reshape(-1).double())
+            sums[2].index_add_(0, slot, state[key].reshape(-1).double())
     return sums
+
+
+@torch.no_grad()
+def write_elements(
+    values: Tensor, state: dict[str, Tensor], elements: Tensor, value: float | Tensor, second_moment: float
+) -> None:
+    """Of one piece, whose flat state tensors are views: values, first moments 0, second moments."""
+    elements = elements.to(values.device)
+    values.view(-1)[elements] = value.to(values) if isinstance(value, Tensor) else value
+    for key, tensor in state.items():
+        tensor[elements] = second_moment if key in SECOND_MOMENTS else 0.0

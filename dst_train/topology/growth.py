@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-import dst_ops
-from dst_train.sparse import DiagonalLinear
+from dst_train.sparse import SparseLayer
 from dst_train.topology.ranks import Ranks
 
 
@@ -24,7 +23,7 @@ class GrowthSignal:
     `local`: sum over micro-batches and ranks of the |gradient| of each; cheaper, and depends on how the batch is cut.
     """
 
-    def __init__(self, layers: dict[str, DiagonalLinear], ranks: Ranks, *, accumulation: int, exact: bool) -> None:
+    def __init__(self, layers: dict[str, SparseLayer], ranks: Ranks, *, accumulation: int, exact: bool) -> None:
         self._layers = layers
         self._ranks = ranks
         self._accumulation = accumulation
@@ -86,7 +85,7 @@ class GrowthSignal:
             )
         x2, dy2 = x.reshape(-1, layer.in_features), dy.reshape(-1, layer.out_features)
         if not self._exact:
-            scores = self._score(layer, x2, dy2, None)
+            scores = layer.unit_scores(x2, dy2, None)
             self._scores[name] = self._scores[name] + scores if seen > 1 else scores
         elif seen < self._accumulation:
             if seen == 1:
@@ -94,15 +93,9 @@ class GrowthSignal:
             self._sums[name].addmm_(dy2.float().t(), x2.float())
         else:
             held = self._sums.pop(name, None)
-            self._scores[name] = self._score(layer, x2, dy2, partial(self._reduce, held))
+            self._scores[name] = layer.unit_scores(x2, dy2, partial(self._reduce, held))
 
     def _reduce(self, held: Tensor | None, block: Tensor, first_row: int) -> Tensor:
         if held is not None:
             block += held[first_row : first_row + block.shape[0]]
         return self._ranks.sum_(block)
-
-    @staticmethod
-    def _score(layer: DiagonalLinear, x: Tensor, dy: Tensor, reduce: Any) -> Tensor:
-        return dst_ops.diagonal_scores(
-            x, dy, out_features=layer.out_features, in_features=layer.in_features, band=layer.band, reduce=reduce
-        )

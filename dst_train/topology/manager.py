@@ -4,86 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dst_train.sparse import DiagonalLinear, sparse_layers
+from dst_train.sparse import SparseLayer, sparse_layers
 from dst_train.topology import policy, telemetry
 from dst_train.topology.editor import ParameterEditor, editor_for
 from dst_train.topology.growth import GrowthSignal
+from dst_train.topology.methods import METHODS, SOFT
 from dst_train.topology.ranks import Ranks
+from dst_train.topology.update import Change, TopologyUpdate, change_layer, describe, gather
 
-METHODS = ("static", "set", "rigl", "mest")
-MEASURED = ("rigl", "mest")  # need the gradient of all candidates in an update step
 GROW_SIGNALS = ("exact", "local")
 
 
-@dataclass(frozen=True)
-class LayerUpdate:
-    """What one update did to one layer; unit numbers, ascending.
-
-    mean_age: optimiser steps that the active units have been there. explored: share of all units that ever were. uncovered:
-    outputs (of a tall layer) or inputs (of a wide one) without any weight. drop_margin, grow_margin: how clear the cut between
-    dropped and kept, grown and absent units was, see `telemetry.margin`; None where there was no choice by score.
-    """
-
-    name: str
-    num_units: int
-    dropped: tuple[int, ...]
-    grown: tuple[int, ...]
-    active: tuple[int, ...]
-    mean_age: float
-    explored: float
-    uncovered: int
-    drop_margin: float | None
-    grow_margin: float | None
-
-    @property
-    def churn(self) -> float:
-        """Share of the active units that were replaced."""
-        return len(self.grown) / len(self.active)
-
-
-@dataclass(frozen=True)
-class TopologyUpdate:
-    """One update of all layers. `digest`: sha256 over all offsets after it."""
-
-    step: int
-    number: int
-    drop_fraction: float
-    seconds: float
-    digest: str
-    layers: tuple[LayerUpdate, ...]
-
-    @property
-    def churn(self) -> float:
-        return sum(len(u.grown) for u in self.layers) / sum(len(u.active) for u in self.layers)
-
-
 class Topology:
-    """Dynamic sparse training of the DiagonalLinear layers of `model`.
+    """Dynamic sparse training of the sparse layers of `model`.
 
-    Call `bind` once the optimiser exists and `step` after every optimiser step, on all ranks. In an update the units
-    with the smallest mean |value| (`mest`: |value| + gradient_weight * |gradient|) are dropped and as many absent ones grow:
-    those with the largest growth signal (`rigl`) or random ones (`set`, `mest`). Regrown values and first moments are 0; the second moment of a regrown unit is the
-    mean over the layer's surviving rows, because Adam's step counter is shared and a second moment of 0 would make its
-    first steps too large. Dropped units do not regrow in the same update.
+    Call `bind` once the optimiser exists and `step` after every optimiser step, on all ranks. An update drops the active
+    units with the lowest scores and grows as many absent ones: see `METHODS`. Regrown values and first moments are 0; the
+    second moment of a regrown unit is the mean over the layer's surviving units, because Adam's step counter is shared
+    and a second moment of 0 would make its first steps too large. Dropped units do not regrow in the same update. A
+    layer with more active units than are to stay (`explore`) drops the surplus over the first updates, by cosine.
 
     Args:
-        method: `static` (no updates), `set` (Mocanu et al. 2018), `rigl` (Evci et al. 2020) or `mest` (Yuan et al. 2021, arXiv
-            2110.14032; its released code has a gradient_weight of 0 by default, which is `set`).
+        method: `static` (no updates), `set` (Mocanu et al. 2018): drops the smallest mean |value|, grows at random; `rigl`
+            (Evci et al. 2020): grows the largest gradient; `mest` (Yuan et al. 2021, arXiv 2110.14032): drops the smallest
+            |value| + gradient_weight * |gradient|, grows at random (its released code has a gradient_weight of 0 by
+            default, which is `set`); `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
+            needs `sparsify(..., gate="straight_through")`, or `gate="soft", explore=inf` for the paper's released code.
         total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
         drop_fraction: share of the active units replaced at first, decayed by cosine.
-        grow_signal: see `GrowthSignal`; `mest` takes |gradient| from it.
+        grow_signal: see `GrowthSignal`; `mest` and `dynadiag` take |gradient| from it.
         gradient_weight: of `mest`, at least 0.
+        temperature: (start, end) of the soft gate, by cosine until `until * total_steps`.
         seed: random growth is a pure function of (seed, layer, update number).
         accumulation: micro-batches (backward passes) per optimiser step.
 
     Raises:
-        ValueError: an argument out of range, or a model without sparse layers (unless static).
+        ValueError: an argument out of range, a model without sparse layers (unless static), layers whose gates do not fit
+            the method, or more units than are to stay when there is no update to drop them.
     """
 
     def __init__(
@@ -97,11 +58,12 @@ class Topology:
         drop_fraction: float = 0.3,
         grow_signal: str = "exact",
         gradient_weight: float = 1.0,
+        temperature: tuple[float, float] = (5.0, 0.05),
         seed: int = 0,
         accumulation: int = 1,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+        if method not in ("static", *METHODS):
+            raise ValueError(f"method={method!r}: choose one of static, {', '.join(METHODS)}")
         if grow_signal not in GROW_SIGNALS:
             raise ValueError(f"grow_signal={grow_signal!r}: choose one of {', '.join(GROW_SIGNALS)}")
         for name, value in (("total_steps", total_steps), ("every", every), ("accumulation", accumulation)):
@@ -112,7 +74,9 @@ class Topology:
                 raise ValueError(f"{name}={share}: must be in (0, 1]")
         if not gradient_weight >= 0.0:
             raise ValueError(f"gradient_weight={gradient_weight}: must be at least 0")
-        self.layers: dict[str, DiagonalLinear] = sparse_layers(model)
+        if not min(temperature) > 0.0:
+            raise ValueError(f"temperature={temperature}: both must be above 0")
+        self.layers: dict[str, SparseLayer] = sparse_layers(model)
         if not self.layers and method != "static":
             raise ValueError("the model has no sparse layers; call sparsify() first, or use method='static'")
         self.method = method
@@ -120,6 +84,7 @@ class Topology:
         self.last_step = int(until * total_steps)
         self.drop_fraction = drop_fraction
         self.gradient_weight = gradient_weight
+        self.temperature = temperature
         self.seed = seed
         self.steps = 0
         self.updates = 0
@@ -130,6 +95,9 @@ class Topology:
         self._ranks: Ranks
         self._signal: GrowthSignal
         self._history: dict[str, telemetry.History] = {}
+        self._soft = any(layer.gate == "soft" for layer in self.layers.values())
+        self._method = SOFT if self._soft else METHODS.get(method)
+        self._check_layers()
 
     def bind(self, target: Any) -> Topology:
         """Attach to a torch optimiser or a DeepSpeed engine. Collective.
@@ -142,10 +110,13 @@ class Topology:
         self._signal = GrowthSignal(self.layers, self._ranks, accumulation=self._accumulation, exact=self._exact)
         self._editor = editor_for(target, self._ranks.world_size)
         for name, layer in self.layers.items():
-            self._editor.check(f"{name}.values", layer.values)
-        self._ranks.require_equal(self._offsets(), "at the start")
+            for key, parameter in (("weight", layer.stored), ("alpha", layer.alpha)):
+                if parameter is not None:
+                    self._editor.check(f"{name} ({key})", parameter)
+        held = self._held()
+        self._ranks.require_equal(held, "at the start")
         self._history = {
-            name: telemetry.History(offsets, self.layers[name].num_units) for name, offsets in self._offsets().items()
+            name: telemetry.History(units[units >= 0], self.layers[name].num_units) for name, units in held.items()
         }
         self._prepare()
         return self
@@ -169,7 +140,7 @@ class Topology:
         return update
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the offsets, which are buffers of the model. After `bind`, else RuntimeError."""
+        """Everything but the active units, which are buffers of the model. After `bind`, else RuntimeError."""
         self._require_bound("state_dict")
         history = {name: history.state_dict() for name, history in self._history.items()}
         return {"steps": self.steps, "updates": self.updates, "due": self._due, "history": history}
@@ -180,123 +151,80 @@ class Topology:
         self.steps, self.updates, self._due = state["steps"], state["updates"], state["due"]
         for name, history in self._history.items():
             history.load_state_dict(state["history"][name])
-        self._ranks.require_equal(self._offsets(), "after loading")
+        self._ranks.require_equal(self._held(), "after loading")
         self._prepare()
 
     def digest(self) -> str:
-        """sha256 over the offsets of all layers."""
+        """sha256 over the units of all layers, by slot."""
         total = hashlib.sha256()
-        for name, offsets in self._offsets().items():
-            total.update(name.encode() + offsets.numpy().tobytes())
+        for name, units in self._held().items():
+            total.update(name.encode() + units.numpy().tobytes())
         return total.hexdigest()
 
     def _require_bound(self, method: str) -> None:
         if self._editor is None:
             raise RuntimeError(f"Topology.{method}() before bind(): bind it to the optimiser or the engine first")
 
+    def _check_layers(self) -> None:
+        gated = self.method == "dynadiag"
+        for name, layer in self.layers.items():
+            if gated != (layer.gate is not None):
+                needs = "needs" if gated else "does not take"
+                raise ValueError(
+                    f"layer {name} has gate={layer.gate!r} and method={self.method!r} {needs} gates; give sparsify() "
+                    "gate='straight_through' for dynadiag, and no gate for other methods"
+                )
+            if layer.num_start > layer.num_final and (self._method is None or self.every >= self.last_step):
+                raise ValueError(
+                    f"layer {name} starts with {layer.num_start} units and is to keep {layer.num_final}, but no update comes: "
+                    f"method={self.method!r}, every={self.every}, until * total_steps={self.last_step}"
+                )
+
     def _prepare(self) -> None:
-        """Start measuring when the coming step is an update step."""
+        """What the coming step needs: the soft gate's temperature, and measuring when it is an update step."""
         coming = self.steps + 1
-        if self.method != "static" and coming % self.every == 0 and coming < self.last_step:
+        if self._method is not None and coming % self.every == 0 and coming < self.last_step:
             self._due = True
         self._signal.stop()
-        if self._due and self.method in MEASURED:
+        if self._due and self._method is not None and self._method.measures:
             self._signal.start()
+        if self._soft:
+            temperature = policy.temperature(*self.temperature, coming, self.last_step)
+            for layer in self.layers.values():
+                layer.temperature = temperature
+                # As in the paper's released code: what stays is multiplied by exactly 1 from then on.
+                layer.gate = "soft" if layer.num_active > layer.num_final else None
 
-    def _offsets(self) -> dict[str, Tensor]:
-        return {name: layer.offsets.detach().cpu() for name, layer in self.layers.items()}
+    def _held(self) -> dict[str, Tensor]:
+        return {name: layer.units() for name, layer in self.layers.items()}
 
     def _update(self) -> TopologyUpdate:
+        assert self._editor is not None
         started = time.perf_counter()
-        before = self._offsets()
-        self._ranks.require_equal(before, f"before the topology update at step {self.steps}")
+        self._ranks.require_equal(self._held(), f"before the topology update at step {self.steps}")
         fraction = policy.cosine_drop_fraction(self.drop_fraction, self.steps, self.last_step)
+        gradients = self._signal.take() if self._signal.active else {}
         changes = []
-        for index, (name, scores) in enumerate(self._scores().items()):
-            changes.append(self._change_layer(index, name, before[name], scores, fraction))
+        for index, (name, scores) in enumerate(
+            gather(self.layers, self._editor, self._ranks, gradients, self.steps).items()
+        ):
+            layer, history = self.layers[name], self._history[name]
+            changed = change_layer(layer, scores, self._change(index, layer, fraction), self._editor)
+            history.change(changed.dropped, changed.grown, self.steps)
+            changes.append(describe(name, layer, changed, history, self.steps))
         self.updates += 1
-        self._ranks.require_equal(self._offsets(), f"after the topology update at step {self.steps}")
+        self._ranks.require_equal(self._held(), f"after the topology update at step {self.steps}")
         seconds = time.perf_counter() - started
         return TopologyUpdate(self.steps, self.updates, fraction, seconds, self.digest(), tuple(changes))
 
-    def _scores(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """By layer, on the CPU and equal on all ranks: sums of |value| [slots], second moments [slots], growth [num_units].
-
-        One flat all-reduce for all layers; float64, so that neither the number of ranks nor the way a parameter is
-        partitioned shows in the result.
-        """
-        assert self._editor is not None
-        growth = self._signal.take() if self.method in MEASURED else {}
-        pieces = []
-        for name, layer in self.layers.items():
-            pieces.append(self._editor.row_sums(layer.values).view(2, layer.num_active, layer.band).sum(2).flatten())
-            pieces.append(growth.get(name, pieces[-1].new_zeros(layer.num_units)))
-        flat = self._ranks.sum_(torch.cat(pieces)).cpu()
-        result = {}
-        for name, layer in self.layers.items():
-            k, n = layer.num_active, layer.num_units
-            part, flat = flat[: 2 * k + n], flat[2 * k + n :]
-            if not bool(part.isfinite().all()):
-                raise RuntimeError(
-                    f"layer {name}: values, second moments or growth signal are not finite at step {self.steps}"
-                )
-            result[name] = (part[:k], part[k : 2 * k], part[2 * k :])
-        return result
-
-    def _change_layer(
-        self, index: int, name: str, offsets: Tensor, scores: tuple[Tensor, Tensor, Tensor], fraction: float
-    ) -> LayerUpdate:
-        assert self._editor is not None
-        layer = self.layers[name]
-        magnitude, second, growth = scores
-        length = layer.band * min(layer.in_features, layer.out_features)
-        if self.method == "mest":
-            magnitude = magnitude / length + self.gradient_weight * growth[offsets.long()] / self._ranks.world_size
-        count = min(round(fraction * layer.num_active), layer.num_units - layer.num_active)
-        slots = policy.smallest(magnitude, offsets, count).sort().values
-        if self.method == "rigl":
-            grown = policy.largest_inactive(growth, offsets, count)
+    def _change(self, index: int, layer: SparseLayer, fraction: float) -> Change:
+        assert self._method is not None
+        start, final = layer.num_start // layer.num_groups, layer.num_final // layer.num_groups
+        last = self.steps + self.every >= self.last_step
+        if self._soft:
+            grow, keep = 0, final if last else layer.num_active
         else:
-            grown = policy.random_inactive(offsets, layer.num_units, count, (self.seed, index, self.updates))
-        margins = _margins(magnitude, slots, growth if self.method == "rigl" else None, offsets, grown)
-        grown = grown.sort().values
-        dropped = offsets[slots].sort().values
-        if count:
-            survivors = torch.ones(layer.num_active, dtype=torch.bool)
-            survivors[slots] = count == layer.num_active
-            rows = (slots[:, None] * layer.band + torch.arange(layer.band)).flatten()
-            self._editor.reset_rows(layer.values, rows, float(second[survivors].mean() / length))
-            after = offsets.clone()
-            after[slots] = grown.to(torch.int32)
-            layer.offsets.copy_(after)
-        history = self._history[name]
-        history.change(dropped, grown, self.steps)
-        active = layer.offsets.detach().cpu().sort().values
-        sides = sorted((layer.in_features, layer.out_features))
-        return LayerUpdate(
-            name,
-            layer.num_units,
-            tuple(dropped.tolist()),
-            tuple(grown.tolist()),
-            tuple(active.tolist()),
-            history.mean_age(self.steps),
-            history.explored,
-            telemetry.uncovered(active, layer.band, *sides),
-            *margins,
-        )
-
-
-def _margins(
-    magnitude: Tensor, dropped_slots: Tensor, growth: Tensor | None, offsets: Tensor, grown: Tensor
-) -> tuple[float | None, float | None]:
-    """Of the drop and of the growth; growth: scores [num_units], None where it was random. grown: before they are sorted."""
-    kept = torch.ones_like(magnitude, dtype=torch.bool)
-    kept[dropped_slots] = False
-    drop = grow = None
-    if 0 < dropped_slots.numel() < magnitude.numel():
-        drop = telemetry.margin(float(magnitude[kept].min()), float(magnitude[dropped_slots].max()))
-    if growth is not None and grown.numel() > 0:
-        absent = policy.inactive(torch.cat([offsets.long(), grown]), growth.numel())
-        if absent.numel():
-            grow = telemetry.margin(float(growth[grown].min()), float(growth[absent].max()))
-    return drop, grow
+            keep = final if last else policy.active_count(start, final, self.steps, self.last_step)
+            absent = (layer.num_units - layer.num_active) // layer.num_groups
+            grow = min(round(fraction * keep), absent)
+        return Change(self._method, grow, keep, self.gradient_weight, (self.seed, index, self.updates))

@@ -1,4 +1,4 @@
-"""Policies as pure functions on CPU tensors: how many units change, which are dropped, which grow."""
+"""Schedules and selection as pure functions: how many units change, and which, given their scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+# Of the steps in which the topology changes, the share in which `explore` shrinks to 1.
+EXPLORE_SHARE = 0.4
+
 
 def cosine_drop_fraction(initial: float, step: int, last_step: int) -> float:
     """initial / 2 * (1 + cos(pi step / last_step)), 0 from last_step on (RigL, Evci et al. 2020, arXiv 1911.11134)."""
@@ -16,28 +19,42 @@ def cosine_drop_fraction(initial: float, step: int, last_step: int) -> float:
     return initial / 2 * (1 + math.cos(math.pi * step / last_step))
 
 
-def smallest(scores: Tensor, units: Tensor, count: int) -> Tensor:
-    """Slots of the `count` smallest scores; equal scores go to the lower unit. scores, units: [slots]."""
-    by_unit = torch.argsort(units)
-    return by_unit[torch.argsort(scores[by_unit], stable=True)][:count]
+def active_count(start: int, final: int, step: int, last_step: int) -> int:
+    """Active units after an update at `step`: from start to final by cosine, over the first EXPLORE_SHARE of the steps."""
+    progress = min(1.0, step / (EXPLORE_SHARE * last_step))
+    return round(final + (start - final) / 2 * (1 + math.cos(math.pi * progress)))
 
 
-def largest_inactive(scores: Tensor, units: Tensor, count: int) -> Tensor:
-    """The `count` units outside `units` with the largest scores [num_units]; equal scores go to the lower unit."""
-    free = inactive(units, scores.numel())
-    return free[torch.argsort(scores[free], descending=True, stable=True)][:count]
+def temperature(start: float, end: float, step: int, last_step: int) -> float:
+    """From start to end by cosine, then constant."""
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * min(1.0, step / last_step)))
 
 
-def random_inactive(units: Tensor, num_units: int, count: int, key: tuple[int, int, int]) -> Tensor:
-    """`count` units outside `units`, drawn by (seed, layer index, update number) and by nothing else."""
-    free = inactive(units, num_units)
+def random_scores(num_units: int, key: tuple[int, ...]) -> Tensor:
+    """float64 [num_units] in [0, 1), drawn by the key and by nothing else."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return free[torch.randperm(free.numel(), generator=generator)][:count]
+    return torch.rand(num_units, generator=generator, dtype=torch.float64)
 
 
-def inactive(units: Tensor, num_units: int) -> Tensor:
-    """The units that are absent, ascending."""
-    present = torch.zeros(num_units, dtype=torch.bool)
-    present[units.long()] = True
-    return torch.nonzero(~present).flatten()
+def lowest(scores: Tensor, among: Tensor, count: int, groups: int = 1) -> tuple[Tensor, float | None]:
+    """The `count` units of each group with the lowest scores, and how clear the cut was; equal scores go to the lower unit.
+
+    scores: [num_units], among: bool [num_units], the candidates, at least `count` in each group. Returns units, int64,
+    best first within a group, and the smallest `margin` over the groups; None where a group had no choice.
+    """
+    ordered, order = scores.masked_fill(~among, math.inf).view(groups, -1).sort(dim=1, stable=True)
+    start = torch.arange(groups)[:, None] * order.shape[1]
+    chosen = (order[:, :count] + start).flatten()
+    if count == 0 or count == order.shape[1]:
+        return chosen, None
+    last, following = ordered[:, count - 1], ordered[:, count]
+    if not bool(following.isfinite().all()):
+        return chosen, None
+    larger = torch.maximum(last.abs(), following.abs())
+    return chosen, float(((following - last) / larger.where(larger > 0, 1.0)).min())
+
+
+def highest(scores: Tensor, among: Tensor, count: int, groups: int = 1) -> tuple[Tensor, float | None]:
+    """As `lowest`, with the highest scores."""
+    return lowest(-scores, among, count, groups)

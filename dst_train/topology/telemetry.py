@@ -39,12 +39,6 @@ class History:
         self.since, self.tried = state["since"].clone(), state["tried"].clone()
 
 
-def margin(chosen: float, passed_over: float) -> float:
-    """How much the last score on one side of a cut exceeds the first on the other, as a share of the larger; 0: a draw."""
-    larger = max(abs(chosen), abs(passed_over))
-    return abs(chosen - passed_over) / larger if larger else 0.0
-
-
 def uncovered(units: Tensor, band: int, length: int, longer: int) -> int:
     """Rows (of a tall weight) or columns (of a wide one) in which no unit has an entry: outputs or inputs that are dead.
 

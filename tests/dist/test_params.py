@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dst_train.sparse import sparse_layers, sparsify
+from dst_train.sparse import SparseLayer, sparse_layers, sparsify
 from dst_train.topology import Topology
 from tests.dist.ranks import run_ranks
 
 STEPS, BATCH, WORLD = 6, 12, 2
-# (stage, precision); bf16 parameters at stage 0 are refused by the job.
-CONFIGS = [(s, p) for s in range(4) for p in ("fp32", "bf16", "bf16_params") if (s, p) != (0, "bf16_params")]
+PRECISIONS = ("fp32", "bf16", "bf16_params")
+# (stage, precision, method); bf16 parameters at stage 0 are refused by the job.
+CONFIGS = [(s, p, "rigl") for s in range(4) for p in PRECISIONS if (s, p) != (0, "bf16_params")]
+CONFIGS += [(s, "fp32", m) for s in range(4) for m in ("dynadiag", "unstructured")] + [(3, "bf16_params", "dynadiag")]
+Config = tuple[int, str, str]
 SECTIONS = {
     "fp32": {},
     "bf16": {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}},
@@ -23,16 +26,28 @@ SECTIONS = {
 }
 
 
-def _model() -> nn.Sequential:
+def _model(kind: str) -> nn.Sequential:
     torch.manual_seed(0)
     # 15 x 7 values do not divide by two ranks: ZeRO 3 pads them.
     model = nn.Sequential(nn.Linear(7, 75), nn.GELU(), nn.Linear(75, 16), nn.GELU(), nn.Linear(16, 4))
-    sparsify(model, [{"match": "[02]", "sparsity": 0.8}])
+    pattern = "unstructured" if kind == "unstructured" else "diagonal"
+    more = {"explore": 2.0, "gate": "straight_through"} if kind == "dynadiag" else {}
+    sparsify(model, [{"match": "[02]", "sparsity": 0.8, "pattern": pattern}], **more)
     return model
 
 
-def _topology(model: nn.Module) -> Topology:
-    return Topology(model, method="rigl", every=2, total_steps=12)
+def _topology(model: nn.Module, kind: str) -> Topology:
+    return Topology(model, method="dynadiag" if kind == "dynadiag" else "rigl", every=2, total_steps=12)
+
+
+def _parameters(model: nn.Module) -> dict[str, tuple[SparseLayer, nn.Parameter]]:
+    """The parameters that an update edits, by name."""
+    found = {}
+    for name, layer in sparse_layers(model).items():
+        found[name] = (layer, layer.stored)
+        if layer.alpha is not None:
+            found[f"{name}.alpha"] = (layer, layer.alpha)
+    return found
 
 
 def _batches() -> list[Tensor]:
@@ -40,11 +55,11 @@ def _batches() -> list[Tensor]:
     return [torch.randn(BATCH, 7, generator=generator) for _ in range(STEPS)]
 
 
-def _alone() -> dict[str, dict[str, Tensor]]:
+def _alone(kind: str) -> dict[str, dict[str, Tensor]]:
     """The single-process result in plain PyTorch."""
-    model = _model()
+    model = _model(kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    topology = _topology(model).bind(optimizer)
+    topology = _topology(model, kind).bind(optimizer)
     for x in _batches():
         optimizer.zero_grad()
         model(x).square().mean().backward()
@@ -53,34 +68,34 @@ def _alone() -> dict[str, dict[str, Tensor]]:
         topology.step()
     return {
         name: {
-            "master": layer.values.detach().flatten(),
-            "exp_avg": optimizer.state[layer.values]["exp_avg"].flatten(),
-            "exp_avg_sq": optimizer.state[layer.values]["exp_avg_sq"].flatten(),
-            "offsets": layer.offsets.clone(),
+            "master": parameter.detach().flatten(),
+            "exp_avg": optimizer.state[parameter]["exp_avg"].flatten(),
+            "exp_avg_sq": optimizer.state[parameter]["exp_avg_sq"].flatten(),
+            "units": layer.units(),
         }
-        for name, layer in sparse_layers(model).items()
+        for name, (layer, parameter) in _parameters(model).items()
     }
 
 
 def _pieces(engine: Any, editor: Any) -> dict[str, dict[str, Any]]:
-    """What this rank holds of each sparse layer: (start, flat tensor), and the copy that the forward reads, whole."""
+    """What this rank holds of each edited parameter: (start, flat tensor), and the copy that the forward reads, whole."""
     import deepspeed
 
     result = {}
-    for name, layer in sparse_layers(engine.module).items():
-        piece = editor.piece(layer.values)
+    for name, (layer, parameter) in _parameters(engine.module).items():
+        piece = editor.piece(parameter)
         owned = {} if piece is None else {"master": piece.master, **piece.state}
         held = {k: (piece.start, v.detach().clone()) for k, v in owned.items()}
         if engine.zero_optimization_stage() == 3:
-            with deepspeed.zero.GatheredParameters([layer.values]):
-                forward = layer.values.detach().clone()
+            with deepspeed.zero.GatheredParameters([parameter]):
+                forward = parameter.detach().clone()
         else:
-            forward = layer.values.detach().clone()
-        result[name] = {"pieces": held, "forward": forward.flatten(), "offsets": layer.offsets.clone()}
+            forward = parameter.detach().clone()
+        result[name] = {"pieces": held, "forward": forward.flatten(), "units": layer.units()}
     return result
 
 
-def _run(configs: list[tuple[int, str]]) -> dict[tuple[int, str], dict[str, Any]]:
+def _run(configs: list[Config]) -> dict[Config, dict[str, Any]]:
     import deepspeed
     import torch.distributed as dist
 
@@ -89,7 +104,7 @@ def _run(configs: list[tuple[int, str]]) -> dict[tuple[int, str], dict[str, Any]
 
     rank, world_size = start_distributed()
     results = {}
-    for stage, precision in configs:
+    for stage, precision, kind in configs:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
         config = {
             "train_batch_size": BATCH,
@@ -99,10 +114,10 @@ def _run(configs: list[tuple[int, str]]) -> dict[tuple[int, str], dict[str, Any]
             "steps_per_print": 2**31,
             **SECTIONS[precision],
         }
-        model = _model()
+        model = _model(kind)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        topology = _topology(engine.module).bind(engine)
+        topology = _topology(engine.module, kind).bind(engine)
         before: dict[str, Any] = {}
         for x in _batches():
             x = x.chunk(world_size)[rank]
@@ -112,7 +127,7 @@ def _run(configs: list[tuple[int, str]]) -> dict[tuple[int, str], dict[str, Any]
             before = _pieces(engine, topology._editor)
             update = topology.step()
         assert update is not None
-        results[stage, precision] = {"before": before, "after": _pieces(engine, topology._editor)}
+        results[stage, precision, kind] = {"before": before, "after": _pieces(engine, topology._editor)}
         dist.barrier()
     return results
 
@@ -131,51 +146,60 @@ def _whole(ranks: list[dict[str, Any]], key: str, numel: int) -> Tensor:
 
 
 @functools.cache
-def _results() -> list[dict[tuple[int, str], dict[str, Any]]]:
+def _results() -> list[dict[Config, dict[str, Any]]]:
     return run_ranks(WORLD, _run, CONFIGS)
 
 
 @functools.cache
-def _expected() -> dict[str, dict[str, Tensor]]:
-    return _alone()
+def _expected(kind: str) -> dict[str, dict[str, Tensor]]:
+    return _alone(kind)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [c for c in CONFIGS if c[1] == "fp32"])
-def test_equals_the_single_process_result(stage: int, precision: str) -> None:
-    for name, expected in _expected().items():
-        ranks = [r[stage, precision]["after"][name] for r in _results()]
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c[1] == "fp32"])
+def test_equals_the_single_process_result(config: Config) -> None:
+    for name, expected in _expected(config[2]).items():
+        ranks = [r[config]["after"][name] for r in _results()]
         for held in ranks:
-            assert torch.equal(held["offsets"], expected["offsets"])
+            assert torch.equal(held["units"], expected["units"])
         for key, rtol in (("master", 1e-4), ("exp_avg", 1e-4), ("exp_avg_sq", 1e-4)):
             whole = _whole(ranks, key, expected["master"].numel())
-            assert torch.equal(whole == 0, expected[key] == 0)  # the regrown rows, to the bit
+            assert torch.equal(whole == 0, expected[key] == 0)  # the regrown units, to the bit
             # Reduction order changes the last bits of a gradient; Adam divides by sqrt(v), 6 steps of lr 1e-2.
             torch.testing.assert_close(whole, expected[key], rtol=rtol, atol=2e-6 if key == "master" else 1e-7)
 
 
-@pytest.mark.parametrize(("stage", "precision"), CONFIGS)
-def test_an_update_resets_regrown_rows_and_leaves_the_others(stage: int, precision: str) -> None:
-    for name in _expected():
-        before = [r[stage, precision]["before"][name] for r in _results()]
-        after = [r[stage, precision]["after"][name] for r in _results()]
-        slots = before[0]["offsets"].numel()
-        numel = before[0]["forward"].numel()
-        changed = after[0]["offsets"] != before[0]["offsets"]
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_update_resets_regrown_units_and_leaves_the_others(config: Config) -> None:
+    for name, expected in _expected(config[2]).items():
+        if name.endswith(".alpha"):
+            continue
+        before = [r[config]["before"][name] for r in _results()]
+        after = [r[config]["after"][name] for r in _results()]
+        slots, numel = expected["units"].numel(), before[0]["forward"].numel()
+        changed = after[0]["units"] != before[0]["units"]
         assert 0 < changed.sum() < slots
-        rows = changed.repeat_interleave(numel // slots)
+        elements = changed.repeat_interleave(numel // slots)
         for key in ("master", "exp_avg", "exp_avg_sq"):
             old, new = _whole(before, key, numel), _whole(after, key, numel)
-            assert torch.equal(new[~rows], old[~rows])
+            assert torch.equal(new[~elements], old[~elements])
             if key == "exp_avg_sq":
-                survivors = old[~rows].double().mean()
-                torch.testing.assert_close(new[rows].double(), survivors.expand(int(rows.sum())), rtol=2**-23, atol=0)
+                kept = (~changed & (before[0]["units"] >= 0)).repeat_interleave(numel // slots)
+                survivors = old[kept].double().mean()
+                rows = new[elements].double()
+                torch.testing.assert_close(rows, survivors.expand(rows.numel()), rtol=2**-23, atol=0)
             else:
-                assert not new[rows].any()
-        master = _whole(after, "master", numel)
+                assert not new[elements].any()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_forward_reads_what_the_masters_hold(config: Config) -> None:
+    for name in _expected(config[2]):
+        after = [r[config]["after"][name] for r in _results()]
+        master = _whole(after, "master", after[0]["forward"].numel())
         for held in after:
-            assert torch.equal(held["offsets"], after[0]["offsets"])
+            assert torch.equal(held["units"], after[0]["units"])
             assert torch.equal(held["forward"], master.to(held["forward"].dtype))
-            assert held["forward"].dtype == (torch.bfloat16 if precision == "bf16_params" else torch.float32)
+            assert held["forward"].dtype == (torch.bfloat16 if config[1] == "bf16_params" else torch.float32)
 
 
 def _refused() -> str:
@@ -184,11 +208,11 @@ def _refused() -> str:
     from dst_train.engine.session import start_distributed
 
     start_distributed()
-    model = _model()
+    model = _model("rigl")
     config = {"train_batch_size": 4, "bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
     with pytest.raises(ValueError, match="ZeRO stage 0 with bf16 or fp16 parameters is not supported") as caught:
-        _topology(engine.module).bind(engine)
+        _topology(engine.module, "rigl").bind(engine)
     return str(caught.value)
 
 

@@ -19,12 +19,13 @@ GLOBAL_BATCH, MICRO_BATCH, UPDATES = 16, 4, 20
 History = list[list[list[int]]]
 
 
-def _train(method: str, grow_signal: str = "exact", tamper_rank: int | None = None) -> History:
-    """[update][layer] -> offsets, of a data-parallel MLP in plain PyTorch; gradients are averaged by hand."""
+def _train(method: str, grow_signal: str = "exact", pattern: str = "diagonal", tamper_rank: int | None = None) -> History:
+    """[update][layer] -> units by slot, of a data-parallel MLP in plain PyTorch; gradients are averaged by hand."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 8))
-    sparsify(model, [{"match": "[02]", "sparsity": 0.8}])
+    more = {"explore": 2.0, "gate": "straight_through"} if method == "dynadiag" else {}
+    sparsify(model, [{"match": "[02]", "sparsity": 0.8, "pattern": pattern}], **more)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     accumulation = GLOBAL_BATCH // (MICRO_BATCH * world_size)
     topology = Topology(
@@ -46,13 +47,25 @@ def _train(method: str, grow_signal: str = "exact", tamper_rank: int | None = No
         if tamper_rank == rank and len(history) == 3:
             model[2].offsets[0] = next(u for u in range(96) if u not in model[2].offsets.tolist())
         if topology.step() is not None:
-            history.append([layer.offsets.tolist() for layer in sparse_layers(model).values()])
+            history.append([layer.units().tolist() for layer in sparse_layers(model).values()])
     return history
 
 
-def _histories() -> dict[tuple[str, str], History]:
+CASES = [
+    ("set", "exact", "diagonal"),
+    ("rigl", "exact", "diagonal"),
+    ("rigl", "local", "diagonal"),
+    ("mest", "exact", "diagonal"),
+    ("dynadiag", "exact", "diagonal"),
+    ("rigl", "exact", "unstructured"),
+    ("rigl", "exact", "constant_fan_in"),
+]
+Case = tuple[str, str, str]
+
+
+def _histories() -> dict[Case, History]:
     dist.init_process_group("gloo")
-    return {key: _train(*key) for key in (("set", "exact"), ("rigl", "exact"), ("rigl", "local"), ("mest", "exact"))}
+    return {case: _train(*case) for case in CASES}
 
 
 def _tampered(tamper_ranks: list[int]) -> list[str]:
@@ -66,24 +79,24 @@ def _tampered(tamper_ranks: list[int]) -> list[str]:
 
 
 @functools.cache
-def _on(world_size: int) -> list[dict[tuple[str, str], History]]:
+def _on(world_size: int) -> list[dict[Case, History]]:
     return run_ranks(world_size, _histories)
 
 
-@pytest.mark.parametrize("method", ["set", "rigl", "mest"])
-def test_same_offsets_after_20_updates_on_1_2_and_4_ranks(method: str) -> None:
-    single = _on(1)[0][method, "exact"]
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] == "exact"], ids="-".join)
+def test_same_units_after_20_updates_on_1_2_and_4_ranks(case: Case) -> None:
+    single = _on(1)[0][case]
     assert len(single) == UPDATES
     assert single[0] != single[-1]
     for world_size in (2, 4):
         for rank, histories in enumerate(_on(world_size)):
-            assert histories[method, "exact"] == single, f"rank {rank} of {world_size}"
+            assert histories[case] == single, f"rank {rank} of {world_size}"
 
 
 def test_local_signal_is_equal_on_all_ranks() -> None:
-    first, *others = (histories["rigl", "local"] for histories in _on(4))
+    first, *others = (histories["rigl", "local", "diagonal"] for histories in _on(4))
     assert all(history == first for history in others)
-    assert first != _on(1)[0]["rigl", "exact"]
+    assert first != _on(1)[0]["rigl", "exact", "diagonal"]
 
 
 def test_a_tampered_rank_is_caught_and_named() -> None:

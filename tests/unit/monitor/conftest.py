@@ -48,7 +48,7 @@ def report() -> SparsityReport:
         in_features=8,
         out_features=16,
         pattern="diagonal",
-        band=2,
+        size=2,
         num_active=3,
         num_units=8,
         target_sparsity=0.6,

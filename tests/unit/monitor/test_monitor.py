@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dst_train.monitor import Monitor, RunDirectory
 from dst_train.monitor.monitor import PICTURE_ROWS, picture
+from dst_train.monitor.run_directory import LISTED_UNITS
 from dst_train.sparse import SparsityReport
 
 Open = Callable[..., Monitor]
@@ -98,6 +100,18 @@ def test_an_update_is_told_for_each_layer(open_monitor, run, make_update, report
     # Event files hold float32.
     told = {tag.removeprefix("topology/"): reader.Scalars(tag)[0].value for tag in reader.Tags()["scalars"]}
     assert told == pytest.approx(expected, rel=1e-6)
+
+
+def test_gates_are_shown_and_large_layers_have_no_picture(open_monitor, run, make_update, report):
+    update = make_update(4)
+    gated = {"gates": (0.5, 1.0, 1.5), "effective_units": 2.57, "temperature": 0.5, "num_units": LISTED_UNITS + 1}
+    update = replace(update, layers=tuple(replace(layer, **gated) for layer in update.layers))
+    open_monitor().topology(update, report)
+    reader = _read(run.tensorboard)
+    assert reader.Scalars("topology/effective_units/fc")[0].value == pytest.approx(2.57, rel=1e-6)
+    assert reader.Scalars("topology/temperature/fc")[0].value == 0.5
+    assert reader.Histograms("gates/fc")[0].histogram_value.num == 3
+    assert reader.Tags()["images"] == []
 
 
 def test_resuming_after_a_crash_shows_each_step_once(open_monitor, run, make_update, report):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from dst_train.monitor import RunDirectory
+from dst_train.monitor.run_directory import LISTED_UNITS
 
 
 def test_it_is_made_with_its_parents_and_may_exist(tmp_path):
@@ -44,9 +46,22 @@ def test_topology_has_a_line_for_each_update_and_layer(run, make_update):
         "uncovered": 1,
         "drop_margin": 0.25,
         "grow_margin": None,
+        "gates": None,
+        "effective_units": None,
+        "temperature": None,
         "digest": "digest1",
     }
     assert run.active_units() == {"a": [(1, 2, 3), (2, 3, 4)], "b": [(1, 2, 3), (2, 3, 4)]}
+
+
+def test_units_of_a_large_layer_are_counted(run, make_update):
+    small, large = make_update(4), make_update(4, layers=("mask",))
+    large = replace(large, layers=tuple(replace(layer, num_units=LISTED_UNITS + 1) for layer in large.layers))
+    for update in (small, large):
+        run.append_topology(update)
+    first, second = (json.loads(line) for line in run.topology.read_text().splitlines())
+    assert (first["active"], second["active"], second["dropped"], second["grown"]) == ([1, 2, 3], 3, 1, 1)
+    assert run.active_units() == {"fc": [(1, 2, 3)]}
 
 
 @pytest.mark.parametrize(("after_step", "kept"), [(0, []), (7, [4]), (8, [4, 8]), (99, [4, 8, 12])])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dst_train.sparse import DiagonalLinear, SparsityRule, densities, sparse_layers, sparsify
+from dst_train.sparse import DiagonalLinear, MaskedLinear, SparsityRule, densities, sparse_layers, sparsify
 
 
 class Net(nn.Module):
@@ -44,7 +44,7 @@ def test_last_rule_wins_and_null_keeps_a_layer_dense() -> None:
     assert report.parameters == sum(p.numel() for p in net.parameters())
     assert report.dense_parameters == sum(p.numel() for p in Net().parameters())
     assert "blocks.0.fc1" in str(report)
-    assert "diagonal w=16" in str(report)
+    assert "diagonal 16" in str(report)
 
 
 def test_values_are_the_scaled_dense_initialisation() -> None:
@@ -104,7 +104,14 @@ def _tied() -> nn.Module:
         (Net, {"match": "head", "sparsity": 0.9, "band": 7}, r"layer head \(rule 'head'\): band=7"),
         (Net, {"match": "head", "sparsity": 1.0}, r"sparsity 1.0 must be in \[0, 1\)"),
         (Net, {"match": "head", "sparsity": 0.9, "pattern": "hexagon"}, "pattern 'hexagon' is unknown"),
-        (Net, {"match": "head", "sparsity": 0.9, "bands": 1}, "knows only match, sparsity, pattern, band"),
+        (
+            Net,
+            {"match": "head", "sparsity": 0.9, "pattern": "block", "band": 2},
+            "band belongs to diagonal, not to block",
+        ),
+        (Net, {"match": "head", "sparsity": 0.9, "size": 2}, "size belongs to n_m and block, not to diagonal"),
+        (Net, {"match": "head", "sparsity": 0.9, "pattern": "block", "size": 3}, r"layer head .*size=3: must divide"),
+        (Net, {"match": "head", "sparsity": 0.9, "bands": 1}, "knows only match, sparsity, pattern, band, size"),
         (Net, {"match": "head"}, "needs match and sparsity"),
         (_tied, {"match": "head", "sparsity": 0.9}, "layer head shares its weight"),
     ],
@@ -112,6 +119,21 @@ def _tied() -> nn.Module:
 def test_bad_rules_are_named(model: type, rule: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sparsify(model(), [rule])
+
+
+def test_a_gate_is_for_diagonal_layers() -> None:
+    with pytest.raises(ValueError, match=r"layer head .*gate='soft': only diagonal layers have gates, this one is n_m"):
+        sparsify(Net(), [{"match": "head", "sparsity": 0.5, "pattern": "n_m", "size": 2}], gate="soft")
+
+
+def test_masked_layers_explore_and_report() -> None:
+    net = Net()
+    report = sparsify(net, [{"match": "head", "sparsity": 0.75, "pattern": "block", "size": 2}], explore=2.0)
+    assert isinstance(net.head, MaskedLinear)
+    assert (net.head.num_start, net.head.num_final) == (40, 20)
+    assert report.layers[0].density == 0.25
+    assert report.parameters == report.dense_parameters
+    assert "block 2" in str(report)
 
 
 def test_unknown_budget() -> None:

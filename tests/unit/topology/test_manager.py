@@ -249,7 +249,7 @@ def test_evaluation_between_steps_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"method": "magic"}, "method='magic': choose one of static, set, rigl, mest"),
+        ({"method": "magic"}, "method='magic': choose one of static, set, rigl, mest, dynadiag"),
         ({"grow_signal": "loud"}, "grow_signal='loud'"),
         ({"every": 0}, "every=0: must be at least 1"),
         ({"accumulation": 0}, "accumulation=0"),
@@ -278,7 +278,7 @@ def test_binding_errors() -> None:
             call()
     with pytest.raises(TypeError, match="cannot bind a topology to int"):
         topology.bind(3)
-    with pytest.raises(ValueError, match=r"0\.values is not among the optimiser's parameters"):
+    with pytest.raises(ValueError, match=r"0 \(weight\) is not among the optimiser's parameters"):
         topology.bind(torch.optim.SGD(model[4].parameters(), lr=0.1))
 
 
@@ -316,6 +316,8 @@ def test_scores_that_are_not_finite_are_named() -> None:
 def test_editor_for_a_torch_optimizer() -> None:
     parameter = nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
     editor = editor_for(torch.optim.AdamW([parameter]))
-    assert editor.row_sums(parameter).tolist() == [[3.0, 7.0], [0.0, 0.0]]
-    editor.reset_rows(parameter, torch.tensor([1]), 0.5)
+    assert editor.sums(parameter, lambda e: e // 2, 2).tolist() == [[-1.0, 7.0], [3.0, 7.0], [0.0, 0.0]]
+    editor.write(parameter, torch.tensor([2, 3]), 0.0, 0.5)
     assert parameter.tolist() == [[1.0, -2.0], [0.0, 0.0]]
+    editor.write(parameter, torch.tensor([3, 0]), torch.tensor([5.0, 6.0], dtype=torch.float64), 0.5)
+    assert parameter.tolist() == [[6.0, -2.0], [0.0, 5.0]]

@@ -27,13 +27,6 @@ def test_ages_and_explored_units() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "passed_over", "expected"), [(4.0, 3.0, 0.25), (3.0, 4.0, 0.25), (2.0, 2.0, 0.0), (0.0, 0.0, 0.0)]
-)
-def test_margin(chosen: float, passed_over: float, expected: float) -> None:
-    assert telemetry.margin(chosen, passed_over) == expected
-
-
-@pytest.mark.parametrize(
     ("m", "n", "band", "units"),
     [(8, 8, 1, (3,)), (12, 4, 1, (0,)), (12, 4, 1, (10,)), (12, 4, 2, (5, 1)), (4, 12, 4, (2,)), (12, 8, 4, (0, 1, 2))],
 )

@@ -1,0 +1,98 @@
+"""SparseLayer: what topology knows of a sparse layer, whatever its pattern."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Reduce = Callable[[Tensor, int], Tensor]
+
+
+class SparseLayer(nn.Module, ABC):
+    """A linear layer of whose weight [out_features, in_features] some *units* are present.
+
+    A pattern partitions the entries of the weight into `num_units` units of `unit_entries` entries, and the units into
+    `num_groups` groups of equal size in order: unit u is in group u // (num_units / num_groups). All groups hold equally many
+    active units. A *slot* is a place of the stored parameter that holds one unit or none.
+
+    Attributes:
+        num_start, num_final: active units at first, and when the topology is settled; all groups together.
+        bias: Parameter [out_features] or None.
+        alpha: Parameter [num_units], the learned importance of each unit, or None.
+        gate: how alpha acts, see `DiagonalLinear`.
+        temperature: of the soft gate.
+    """
+
+    in_features: int
+    out_features: int
+    num_units: int
+    num_groups: int = 1
+    unit_entries: int
+    num_start: int
+    num_final: int
+    bias: nn.Parameter | None
+    alpha: nn.Parameter | None
+    gate: str | None = None
+    temperature: float = 1.0
+
+    @property
+    @abstractmethod
+    def stored(self) -> nn.Parameter:
+        """The parameter that holds the weight."""
+
+    @abstractmethod
+    def units(self) -> Tensor:
+        """int64 [slots] on the CPU: the unit in each slot, -1 in a free one."""
+
+    @abstractmethod
+    def replace(self, dropped: Tensor, grown: Tensor) -> Tensor:
+        """Free the slots of the units `dropped` and place the units `grown` (int64) in free ones; returns all slots touched.
+
+        Only the bookkeeping: the entries of these slots are to be reset by the caller.
+        """
+
+    @abstractmethod
+    def slot_of(self, element: Tensor) -> Tensor:
+        """The slot to which flat elements of `stored` belong; int64 -> int64."""
+
+    @abstractmethod
+    def elements(self, slots: Tensor) -> Tensor:
+        """int64: the flat elements of `stored` that belong to slots, on the CPU."""
+
+    @abstractmethod
+    def unit_scores(self, x: Tensor, dy: Tensor, reduce: Reduce | None) -> Tensor:
+        """Mean over the entries of each unit, present or not, of |dL/dW|, float32 [num_units].
+
+        x: [tokens, in_features], dy: [tokens, out_features]. reduce(block, first_row) is applied to each block of rows
+        of dL/dW before the absolute value.
+        """
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The weight as a dense [out_features, in_features] tensor, for inspection and export."""
+
+    @property
+    def num_active(self) -> int:
+        return int((self.units() >= 0).sum())
+
+    @property
+    def density(self) -> float:
+        """Share of the dense weight's entries that are present when the topology is settled."""
+        return self.num_final / self.num_units
+
+    def gates(self, alpha: Tensor, active: Tensor) -> Tensor:
+        """The factors by which alpha [num_units] weighs the active units (int64 [k]), float32 [k].
+
+        DynaDiag, arXiv 2506.11449, equation 5: min(1, K softmax(alpha / T)). The straight-through gate is not clipped: the
+        weight is multiplied by 1, and only the gradient of alpha sees the factors.
+        """
+        share = torch.softmax(alpha.float()[active] / self.temperature, 0)
+        return (self.num_final * share).clamp(max=1.0) if self.gate == "soft" else active.numel() * share
+
+
+def count_active(density: float, units_per_group: int) -> int:
+    """Active units of a group: the nearest to the density, at least one."""
+    return min(units_per_group, max(1, round(density * units_per_group)))

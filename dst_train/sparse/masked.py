@@ -1,0 +1,147 @@
+"""MaskedLinear: a dense weight and a mask. A baseline for accuracy: it is no faster, and no smaller, than nn.Linear."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dst_train.sparse.layer import Reduce, SparseLayer, count_active
+
+PATTERNS = ("unstructured", "constant_fan_in", "n_m", "block")
+
+
+class MaskedLinear(SparseLayer):
+    """`y = x (W * mask)^T + b`.
+
+    Patterns, their units and groups:
+        unstructured: an entry; all of the weight.
+        constant_fan_in: an entry; a row, so that every output has as many inputs (SRigL, arXiv 2305.02299).
+        n_m: an entry; `size` adjacent entries of a row, N = (1 - sparsity) * size of which stay.
+        block: a tile of size x size entries; all of the weight.
+
+    Attributes:
+        weight: Parameter [out_features, in_features]; zero where the mask is.
+        mask: bool buffer [out_features, in_features].
+
+    Args:
+        size: of `n_m` and `block`; must divide in_features, for `block` also out_features.
+        explore: active units at first, as a multiple of those that stay; inf for all.
+        generator: CPU generator that draws the first mask; the global one when None.
+
+    Raises:
+        ValueError: an unknown pattern, sparsity outside [0, 1), explore below 1, or a size that does not divide.
+    """
+
+    mask: Tensor
+    _unit: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        pattern: str,
+        sparsity: float,
+        size: int = 1,
+        bias: bool = True,
+        explore: float = 1.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if pattern not in PATTERNS:
+            raise ValueError(f"pattern={pattern!r}: choose one of {', '.join(PATTERNS)}")
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
+        if not explore >= 1.0:
+            raise ValueError(f"explore={explore}: must be at least 1")
+        if size < 1 or in_features % size or (pattern == "block" and out_features % size):
+            raise ValueError(
+                f"size={size}: must divide in_features={in_features}, of blocks out_features={out_features}"
+            )
+        self.in_features, self.out_features, self.pattern = in_features, out_features, pattern
+        unit, self.num_groups = _partition(pattern, out_features, in_features, size)
+        self.num_units = int(unit.max()) + 1
+        self.unit_entries = unit.numel() // self.num_units
+        in_group = self.num_units // self.num_groups
+        final = count_active(1.0 - sparsity, in_group)
+        start = round(min(explore * final, float(in_group)))
+        self.num_final, self.num_start = final * self.num_groups, start * self.num_groups
+        chosen = torch.rand(self.num_groups, in_group, generator=generator).argsort(1)[:, :start]
+        active = torch.zeros(self.num_groups, in_group, dtype=torch.bool).scatter_(1, chosen, True)
+        self.register_buffer("_unit", unit.to(device=device), persistent=False)
+        self.register_buffer("mask", active.flatten()[unit].to(device=device))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.alpha = None
+        self.reset_parameters()
+
+    @property
+    def stored(self) -> nn.Parameter:
+        return self.weight
+
+    def units(self) -> Tensor:
+        """Slot u holds unit u, or none."""
+        units = torch.full((self.num_units,), -1)
+        present = self._unit[self.mask].cpu()
+        units[present] = present
+        return units
+
+    @torch.no_grad()
+    def replace(self, dropped: Tensor, grown: Tensor) -> Tensor:
+        active = self.units() >= 0
+        active[dropped], active[grown] = False, True
+        self.mask.copy_(active.to(self.mask.device)[self._unit])
+        return torch.cat([dropped, grown])
+
+    def slot_of(self, element: Tensor) -> Tensor:
+        return self._unit.flatten()[element]
+
+    def elements(self, slots: Tensor) -> Tensor:
+        wanted = torch.zeros(self.num_units, dtype=torch.bool)
+        wanted[slots] = True
+        return torch.nonzero(wanted[self._unit.cpu()].flatten()).flatten()
+
+    def unit_scores(self, x: Tensor, dy: Tensor, reduce: Reduce | None) -> Tensor:
+        gradient = dy.float().t() @ x.float()
+        if reduce is not None:
+            gradient = reduce(gradient, 0)
+        sums = gradient.new_zeros(self.num_units)
+        return sums.index_add_(0, self._unit.flatten(), gradient.abs().flatten()) / self.unit_entries
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's uniform initialisation, with the mean number of active inputs of an output in place of in_features."""
+        bound = 1.0 / math.sqrt(self.in_features)
+        weight = torch.empty_like(self.weight).uniform_(-bound, bound)
+        bias = None if self.bias is None else torch.empty_like(self.bias).uniform_(-bound, bound)
+        self.load_dense_init(weight, bias)
+
+    @torch.no_grad()
+    def load_dense_init(self, weight: Tensor, bias: Tensor | None) -> None:
+        """As `DiagonalLinear.load_dense_init`: the entries of the active units, scaled by 1/sqrt(density)."""
+        self.weight.copy_(weight * self.mask / math.sqrt(self.num_start / self.num_units))
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features]."""
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+    def to_dense(self) -> Tensor:
+        return self.weight * self.mask
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.pattern}, units={self.num_active}/{self.num_units}"
+
+
+def _partition(pattern: str, m: int, n: int, size: int) -> tuple[Tensor, int]:
+    """The unit of each entry, int64 [m, n], and the number of groups."""
+    entries = torch.arange(m * n).view(m, n)
+    if pattern == "block":
+        tile = torch.arange(m).div(size, rounding_mode="floor")[:, None] * (n // size)
+        return tile + torch.arange(n).div(size, rounding_mode="floor"), 1
+    return entries, {"unstructured": 1, "constant_fan_in": m, "n_m": m * n // size}[pattern]

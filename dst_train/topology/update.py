@@ -1,0 +1,179 @@
+"""One topology update: the scores of all layers in one all-reduce, then each layer's change, and what to tell of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dst_train.sparse import DiagonalLinear, SparseLayer
+from dst_train.topology import methods, policy, telemetry
+from dst_train.topology.editor import ParameterEditor
+from dst_train.topology.methods import Method, Units
+from dst_train.topology.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What one update did to one layer; unit numbers, ascending.
+
+    mean_age: optimiser steps that the active units have been there. explored: share of all units that ever were. uncovered:
+    outputs (of a tall layer) or inputs (of a wide one) without any weight. drop_margin, grow_margin: how clear the cut between
+    dropped and kept, grown and absent units was, as a share of the larger score; None where there was no choice by score.
+    gates: by which alpha weighs the active units after the update, effective_units: (sum of them)^2 / sum of their squares,
+    temperature: of the soft gate; None without them.
+    """
+
+    name: str
+    num_units: int
+    dropped: tuple[int, ...]
+    grown: tuple[int, ...]
+    active: tuple[int, ...]
+    mean_age: float
+    explored: float
+    uncovered: int | None
+    drop_margin: float | None
+    grow_margin: float | None
+    gates: tuple[float, ...] | None = None
+    effective_units: float | None = None
+    temperature: float | None = None
+
+    @property
+    def churn(self) -> float:
+        """Share of the active units that are new."""
+        return len(self.grown) / len(self.active)
+
+
+@dataclass(frozen=True)
+class TopologyUpdate:
+    """One update of all layers. `digest`: sha256 over the active units of all layers after it."""
+
+    step: int
+    number: int
+    drop_fraction: float
+    seconds: float
+    digest: str
+    layers: tuple[LayerUpdate, ...]
+
+    @property
+    def churn(self) -> float:
+        return sum(len(u.grown) for u in self.layers) / sum(len(u.active) for u in self.layers)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one layer, float64 on the CPU and equal on all ranks: [slots] mean |value| and second moment, [num_units] gradient;
+    alpha and its second moment [num_units], zeros without a gate."""
+
+    value: Tensor
+    second_moment: Tensor
+    gradient: Tensor
+    alpha: Tensor
+    alpha_second_moment: Tensor
+
+
+def gather(
+    layers: Mapping[str, SparseLayer], editor: ParameterEditor, ranks: Ranks, gradients: Mapping[str, Tensor], step: int
+) -> dict[str, Scores]:
+    """One flat all-reduce; float64, so that neither the number of ranks nor the cut of a partition shows in the result.
+
+    gradients: this rank's share of `GrowthSignal`, empty when it was not measured.
+
+    Raises:
+        RuntimeError: a score that is not finite.
+    """
+    pieces: list[Tensor] = []
+    for name, layer in layers.items():
+        sums = editor.sums(layer.stored, layer.slot_of, layer.units().numel())
+        gradient = gradients.get(name, sums.new_zeros(layer.num_units))
+        alpha = sums.new_zeros(2, layer.num_units)
+        if layer.alpha is not None:
+            alpha = editor.sums(layer.alpha, lambda element: element, layer.num_units)[[0, 2]]
+        pieces += [sums[1:].flatten(), gradient, alpha.flatten()]
+    lengths = [piece.numel() for piece in pieces]
+    parts = iter(ranks.sum_(torch.cat(pieces)).cpu().split(lengths))
+    result = {}
+    for name, layer in layers.items():
+        values, gradient, alpha = next(parts).view(2, -1) / layer.unit_entries, next(parts), next(parts).view(2, -1)
+        if not all(bool(t.isfinite().all()) for t in (values, gradient, alpha)):
+            raise RuntimeError(f"layer {name}: values, second moments or growth signal are not finite at step {step}")
+        result[name] = Scores(values[0], values[1], gradient / ranks.world_size, alpha[0], alpha[1])
+    return result
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards."""
+
+    method: Method
+    grow: int
+    keep: int
+    gradient_weight: float
+    key: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What happened to one layer. dropped, grown: units, int64, ascending. alpha: [num_units] afterwards."""
+
+    dropped: Tensor
+    grown: Tensor
+    drop_margin: float | None
+    grow_margin: float | None
+    alpha: Tensor
+
+
+def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: ParameterEditor) -> Changed:
+    """Drops and grows units of one layer. All ranks call it with the same arguments."""
+    held = layer.units()
+    active = torch.zeros(layer.num_units, dtype=torch.bool)
+    active[held[held >= 0]] = True
+    value = torch.zeros(layer.num_units, dtype=torch.float64)
+    value[held[held >= 0]] = scores.value[held >= 0]
+    alpha = methods.blended(scores.alpha, scores.gradient, active) if change.method.gated else scores.alpha
+    drop = change.grow + int(active.sum()) // layer.num_groups - change.keep
+    units = Units(active, value, scores.gradient, alpha, drop, change.gradient_weight, change.key)
+    dropped, drop_margin = policy.lowest(change.method.drop(units), active, drop, layer.num_groups)
+    wish = change.method.grow(units) if change.method.grow else policy.random_scores(layer.num_units, change.key)
+    grown, grow_margin = policy.highest(wish, ~active, change.grow, layer.num_groups)
+    dropped, grown = dropped.sort().values, grown.sort().values
+    kept = active.clone()
+    kept[dropped] = False
+    if dropped.numel() or grown.numel():
+        # With nothing kept there is no better guess than what all had.
+        survived = kept[held.clamp(min=0)] & (held >= 0) if bool(kept.any()) else held >= 0
+        slots = layer.replace(dropped, grown)
+        # Adam's step counter is one for all: a second moment of 0 would make the first steps of what is new too large.
+        editor.write(layer.stored, layer.elements(slots), 0.0, float(scores.second_moment[survived].mean()))
+    if layer.alpha is not None and bool(kept.any()):
+        alpha[grown] = alpha[kept].mean()
+        others = torch.nonzero(~kept).flatten()
+        editor.write(layer.alpha, others, alpha[others], float(scores.alpha_second_moment[kept].mean()))
+    return Changed(dropped, grown, drop_margin, grow_margin if change.method.grow else None, alpha)
+
+
+def describe(name: str, layer: SparseLayer, changed: Changed, history: telemetry.History, step: int) -> LayerUpdate:
+    """What to tell of a change that was made at `step`; history already knows it."""
+    units = layer.units()
+    active = units[units >= 0].sort().values
+    gates = None if layer.gate is None else layer.gates(changed.alpha, active)
+    uncovered = None
+    if isinstance(layer, DiagonalLinear):
+        uncovered = telemetry.uncovered(active, layer.band, *sorted((layer.in_features, layer.out_features)))
+    return LayerUpdate(
+        name,
+        layer.num_units,
+        tuple(changed.dropped.tolist()),
+        tuple(changed.grown.tolist()),
+        tuple(active.tolist()),
+        history.mean_age(step),
+        history.explored,
+        uncovered,
+        changed.drop_margin,
+        changed.grow_margin,
+        gates=None if gates is None else tuple(gates.tolist()),
+        effective_units=None if gates is None else float(gates.sum() ** 2 / gates.square().sum()),
+        temperature=layer.temperature if layer.gate == "soft" else None,
+    )
