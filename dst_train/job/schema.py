@@ -106,7 +106,7 @@ class Data(Strict):
     """Where remote shards are kept."""
 
     @model_validator(mode="after")
-    def _one_sort(self) -> Data:
+    def _one_length(self) -> Data:
         if self.eval is not None and self.eval.length != self.train.length:
             raise ValueError(f"eval.length {self.eval.length} must be train.length {self.train.length}")
         return self

@@ -17,7 +17,16 @@ FIXED: dict[str, Any] = {"use_cache": False, "return_dict": True, "dtype": "floa
 NOT_ARGUMENTS = {*FIXED, "model_type", "transformers_version"}
 
 # values are checked by the configuration, or surface somewhere inside the model
-BAD_VALUE = (StrictDataclassError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError)
+BAD_VALUE = (
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+)
 
 
 def causal_lm(spec: TransformersModel) -> nn.Module:
