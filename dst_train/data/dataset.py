@@ -18,6 +18,7 @@ from dst_train.data.errors import BadSampleError, DataError
 from dst_train.data.order import Ref, stable_seed
 from dst_train.data.store import LABEL, SampleStore
 from dst_train.data.transforms import transform
+from dst_train.job.schema import Split
 
 MAX_SUCCESSORS = 8
 
@@ -26,9 +27,9 @@ class Batch(NamedTuple):
     """A micro-batch of training."""
 
     inputs: Tensor
-    """float32 [micro_batch_size, ...], as the transform gives them."""
+    """float32 images [micro_batch_size, channels, height, width] or int64 bytes [micro_batch_size, length]."""
     targets: Tensor
-    """int64 [micro_batch_size], class labels."""
+    """int64 [micro_batch_size] class labels, or [micro_batch_size, length] next bytes."""
     replaced: int
     """Undecodable samples that were replaced by their successor."""
 
@@ -37,9 +38,9 @@ class EvalBatch(NamedTuple):
     """A micro-batch of evaluation, of the same size on every rank."""
 
     inputs: Tensor
-    """float32 [micro_batch_size, ...]"""
+    """As in Batch."""
     targets: Tensor
-    """int64 [micro_batch_size]"""
+    """As in Batch."""
     valid: Tensor
     """bool [micro_batch_size]; padding is not valid and must not be counted."""
 
@@ -64,24 +65,24 @@ def seed_rng(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-class Samples:
-    """Decoded samples of a split by number."""
+class Images:
+    """Decoded images and labels of a split by number."""
 
     def __init__(self, store: SampleStore, transform_name: str, seed: int) -> None:
         self.store, self.seed = store, seed
         mode, self._transform = transform(transform_name)
         self._decoder = Decoder([imagehandler(mode)])
 
-    def load(self, epoch: int, index: int) -> tuple[Tensor, int]:
-        """The input and the label; augmentation depends on (seed, epoch, index) only.
+    def load(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """The input and the label, int64 []; augmentation depends on (seed, epoch, index) only.
 
         Raises BadSampleError, DataError.
         """
         stored = self.store.read(index)
         seed_rng(stable_seed(self.seed, "augment", epoch, index))
         try:
-            sample = self._decoder({stored.extension: stored.image, LABEL: stored.label})
-            return self._transform(sample[stored.extension]), sample[LABEL]
+            sample = self._decoder({stored.extension: stored.content, LABEL: stored.label})
+            return self._transform(sample[stored.extension]), torch.tensor(sample[LABEL])
         except DecodingError as error:
             raise BadSampleError(f"{self.store.name(index)}: .{error.k}: {_reason(error.__cause__)}") from error
         except ValueError as error:
@@ -92,6 +93,26 @@ def _reason(error: BaseException | None) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image"  # PIL's text is the address of a buffer
     return f"{type(error).__name__}: {error}"
+
+
+class Sequences:
+    """Bytes of a split by number; the target of each is the byte after it."""
+
+    def __init__(self, store: SampleStore) -> None:
+        self.store = store
+
+    def load(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 [length] each, from length + 1 bytes. Raises BadSampleError, DataError."""
+        content = np.frombuffer(self.store.read(index).content, np.uint8).astype(np.int64)
+        return torch.from_numpy(content[:-1]), torch.from_numpy(content[1:])
+
+
+Samples = Images | Sequences
+
+
+def samples(split: Split, store: SampleStore, seed: int) -> Samples:
+    """What the split's transform makes of the stored samples."""
+    return Sequences(store) if split.transform == "next_byte" else Images(store, split.transform, seed)
 
 
 class TrainSet(Dataset):
@@ -108,9 +129,9 @@ class TrainSet(Dataset):
         except DataError as error:
             return error
         inputs, targets, replaced = zip(*loaded, strict=True)
-        return Batch(torch.stack(inputs), torch.tensor(targets, dtype=torch.int64), sum(replaced))
+        return Batch(torch.stack(inputs), torch.stack(targets), sum(replaced))
 
-    def _load(self, ref: Ref) -> tuple[Tensor, int, bool]:
+    def _load(self, ref: Ref) -> tuple[Tensor, Tensor, bool]:
         try:
             return *self._samples.load(ref.epoch, ref.sample), False
         except BadSampleError as error:
@@ -118,7 +139,7 @@ class TrainSet(Dataset):
                 raise BadSampleError(f"{error} (data.max_bad_samples is 0: none may be replaced)") from error
             return *self._successor(ref, error), True
 
-    def _successor(self, ref: Ref, first: BadSampleError) -> tuple[Tensor, int]:
+    def _successor(self, ref: Ref, first: BadSampleError) -> tuple[Tensor, Tensor]:
         """The next readable sample of the split: the same one on any rank."""
         for step in range(1, MAX_SUCCESSORS + 1):
             try:
@@ -141,4 +162,4 @@ class EvalSet(Dataset):
         except DataError as error:
             return error
         valid = torch.tensor([ref.valid for ref in refs])
-        return EvalBatch(torch.stack(inputs), torch.tensor(targets, dtype=torch.int64), valid)
+        return EvalBatch(torch.stack(inputs), torch.stack(targets), valid)

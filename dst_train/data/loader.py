@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dst_train.data.dataset import Batch, EvalBatch, EvalSet, Samples, TrainSet
+from dst_train.data.dataset import Batch, EvalBatch, EvalSet, TrainSet, samples
 from dst_train.data.errors import DataError
 from dst_train.data.order import EvalOrder, TrainOrder
 from dst_train.data.store import SampleStore
@@ -32,7 +32,7 @@ def train_loader(job: Job, plan: BatchPlan, *, rank: int, start_step: int = 0) -
     if not 0 <= start_step <= plan.total_steps:
         raise ValueError(f"start_step is {start_step}, must be 0 to {plan.total_steps} (total_steps)")
     store = _open(job.data.train, job.data.cache_dir)
-    dataset = TrainSet(Samples(store, job.data.train.transform, job.seed), job.data.max_bad_samples)
+    dataset = TrainSet(samples(job.data.train, store, job.seed), job.data.max_bad_samples)
     order = TrainOrder(plan, len(store), seed=job.seed, rank=rank, start_step=start_step)
     return _batches(_loader(dataset, order, job.data.num_workers))
 
@@ -47,12 +47,13 @@ def eval_loader(job: Job, plan: BatchPlan, *, rank: int) -> Iterator[EvalBatch]:
     if job.data.eval is None:
         raise DataError("data.eval: the job has no evaluation data")
     store = _open(job.data.eval, job.data.cache_dir)
-    dataset = EvalSet(Samples(store, job.data.eval.transform, job.seed))
+    dataset = EvalSet(samples(job.data.eval, store, job.seed))
     return _batches(_loader(dataset, EvalOrder(plan, len(store), rank=rank), job.data.num_workers))
 
 
 def check(split: Split, cache_dir: str | None = None) -> None:
-    """Raises DataError if a shard is missing or damaged, or the samples in all shards are not `split.samples`.
+    """Raises DataError if a shard is missing or damaged, samples do not have what the transform reads, or those in all
+    shards are not `split.samples`.
 
     Builds the indexes, so that a later start of many ranks finds them.
     """
@@ -60,7 +61,9 @@ def check(split: Split, cache_dir: str | None = None) -> None:
 
 
 def _open(split: Split, cache_dir: str | None) -> SampleStore:
-    store = SampleStore(split.shards, cache_dir)
+    # one byte more than is read, so that the last one has a target as well
+    sequence_bytes = None if split.length is None else split.length + 1
+    store = SampleStore(split.shards, cache_dir, sequence_bytes=sequence_bytes)
     if len(store) != split.samples:
         counts = store.counts()
         usual = max(count for _, count in counts)

@@ -16,26 +16,30 @@ from dst_train.data.index import Sample, load_index
 from dst_train.data.shards import local_shards
 
 LABEL = "cls"
+SEQUENCE = "bin"
 MAX_OPEN_FILES = 64
 
 
 class Encoded(NamedTuple):
     """One sample as it is stored."""
 
-    image: bytes
+    content: bytes
     extension: str
     label: bytes
+    """Empty for a sequence, whose targets are in its content."""
 
 
 class SampleStore:
     """Samples 0 to n - 1 of tar shards, in the order of the pattern and of each file.
 
     Reads by offset; files are opened at first use in each process, so that an instance may be sent to workers.
-    Each sample has one image and one `.cls` label, other members are ignored.
+    Each sample has one image and one `.cls` label or, with `sequence_bytes`, one `.bin` of that many bytes. Other
+    members are ignored.
     """
 
-    def __init__(self, pattern: str, cache_dir: str | None = None) -> None:
-        """Raises DataError if a shard is missing or damaged, or a sample has no image or label."""
+    def __init__(self, pattern: str, cache_dir: str | None = None, *, sequence_bytes: int | None = None) -> None:
+        """Raises DataError if a shard is missing or damaged, or a sample does not have what it should."""
+        self._sequence_bytes = sequence_bytes
         self._open: OrderedDict[int, FileIO] = OrderedDict()
         self._shards = local_shards(pattern, cache_dir)
         self._extensions: list[str] = []
@@ -62,9 +66,9 @@ class SampleStore:
     def read(self, index: int) -> Encoded:
         """Raises BadSampleError if the shard ends before the sample does, DataError if it cannot be read at all."""
         shard, extension, *places = self._table[index].tolist()
-        image = self._bytes(index, shard, *places[:2])
+        content = self._bytes(index, shard, *places[:2])
         label = self._bytes(index, shard, *places[2:])
-        return Encoded(image, self._extensions[extension], label)
+        return Encoded(content, self._extensions[extension], label)
 
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""
@@ -77,14 +81,19 @@ class SampleStore:
 
     def _row(self, number: int, sample: Sample) -> tuple[int, ...]:
         key, members = sample
-        images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
-        if len(images) != 1 or LABEL not in members:
-            raise DataError(
-                f"shard {self._shards[number]}, sample {key}: has {sorted(members)}, needs one image and .{LABEL}"
-            )
-        if images[0] not in self._extensions:
-            self._extensions.append(images[0])
-        return (number, self._extensions.index(images[0]), *members[images[0]], *members[LABEL])
+        if self._sequence_bytes is None:
+            found = [extension for extension in members if extension in IMAGE_EXTENSIONS and LABEL in members]
+            needs = f"one image and .{LABEL}"
+        else:
+            found = [SEQUENCE] if members.get(SEQUENCE, (0, 0))[1] == self._sequence_bytes else []
+            needs = f".{SEQUENCE} of {self._sequence_bytes} bytes"
+        if len(found) != 1:
+            sizes = {extension: size for extension, (_, size) in sorted(members.items())}
+            raise DataError(f"shard {self._shards[number]}, sample {key}: has {sizes} bytes, needs {needs}")
+        if found[0] not in self._extensions:
+            self._extensions.append(found[0])
+        label = members[LABEL] if self._sequence_bytes is None else (0, 0)
+        return (number, self._extensions.index(found[0]), *members[found[0]], *label)
 
     def _bytes(self, index: int, shard: int, offset: int, size: int) -> bytes:
         try:

@@ -1,4 +1,4 @@
-"""From a PIL image to a float32 tensor, by the names a job may use."""
+"""From a PIL image to a float32 tensor, by the names a job may use, and what a model gets of it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
+from dst_train.job.schema import Split
+
 DIGIT_SIZE = 28
 DIGIT_MEAN, DIGIT_STD = 0.1307, 0.3081
 
 
-def sample_shape(name: str) -> tuple[int, int, int]:
-    """Channels, height and width of what the transform of that name makes."""
-    return (1, DIGIT_SIZE, DIGIT_SIZE) if name.startswith("digits") else (3, 224, 224)
+def example_input(split: Split) -> torch.Tensor:
+    """An input of the shape and dtype that the split's transform makes: float32 zeros [1, channels, height, width] or
+    int64 bytes [1, length], all the largest, which a model with too small a vocabulary does not take."""
+    if split.length is not None:
+        return torch.full((1, split.length), 255)
+    size = (1, DIGIT_SIZE, DIGIT_SIZE) if split.transform.startswith("digits") else (3, 224, 224)
+    return torch.zeros(1, *size)
 
 
 class Transform(NamedTuple):

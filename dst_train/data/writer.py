@@ -1,9 +1,9 @@
-"""Writes image classification shards that every machine writes byte for byte alike."""
+"""Writes shards of images or byte sequences that every machine writes byte for byte alike."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -37,23 +37,35 @@ def write_shards(
         raise ValueError(f"arrays are {arrays.dtype} {list(arrays.shape)}, must be uint8 [n, h, w] or [n, h, w, 3]")
     if len(labels) != len(arrays):
         raise ValueError(f"{len(labels)} labels for {len(arrays)} arrays")
-    if per_shard < 1:
-        raise ValueError(f"per_shard is {per_shard}, must be at least 1")
     if image_format not in ENCODINGS:
         raise ValueError(f"image_format is {image_format!r}, must be one of {sorted(ENCODINGS)}")
-    folder = Path(folder)
+    extension, options = ENCODINGS[image_format]
+
+    def encoded(index: int) -> dict[str, bytes]:
+        image = io.BytesIO()
+        Image.fromarray(arrays[index]).save(image, format=image_format, **options)
+        return {extension: image.getvalue(), "cls": b"%d" % int(labels[index])}
+
+    return _write(Path(folder), prefix, len(arrays), per_shard, encoded)
+
+
+def write_sequences(folder: str | Path, prefix: str, sequences: np.ndarray, per_shard: int) -> list[Path]:
+    """As `write_shards`, for the transform `next_byte`: sequences uint8 [n, length + 1]. Raises ValueError."""
+    if sequences.dtype != np.uint8 or sequences.ndim != 2:
+        raise ValueError(f"sequences are {sequences.dtype} {list(sequences.shape)}, must be uint8 [n, length + 1]")
+    return _write(Path(folder), prefix, len(sequences), per_shard, lambda index: {"bin": sequences[index].tobytes()})
+
+
+def _write(
+    folder: Path, prefix: str, count: int, per_shard: int, encoded: Callable[[int], dict[str, bytes]]
+) -> list[Path]:
+    if per_shard < 1:
+        raise ValueError(f"per_shard is {per_shard}, must be at least 1")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, start in enumerate(range(0, len(arrays), per_shard)):
+    for number, start in enumerate(range(0, count, per_shard)):
         paths.append(folder / f"{prefix}-{number:06d}.tar")
-        _write_shard(paths[-1], arrays, labels, range(start, min(start + per_shard, len(arrays))), image_format)
+        with atomic_file(paths[-1]) as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
+            for index in range(start, min(start + per_shard, count)):
+                tar.write({"__key__": f"{index:08d}", **encoded(index)})
     return paths
-
-
-def _write_shard(path: Path, arrays: np.ndarray, labels: Sequence[int] | np.ndarray, part: range, fmt: str) -> None:
-    extension, options = ENCODINGS[fmt]
-    with atomic_file(path) as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
-        for index in part:
-            encoded = io.BytesIO()
-            Image.fromarray(arrays[index]).save(encoded, format=fmt, **options)
-            tar.write({"__key__": f"{index:08d}", extension: encoded.getvalue(), "cls": b"%d" % int(labels[index])})

@@ -10,21 +10,23 @@ import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from dst_train.data import EvalBatch
+from dst_train.engine.predict import predict
 
 
 @torch.no_grad()
 def evaluate(engine: DeepSpeedEngine, batches: Iterable[EvalBatch], dtype: torch.dtype) -> dict[str, float]:
-    """Mean cross-entropy and top-1 accuracy (0 to 1) over the valid samples of all ranks. Collective.
+    """Mean cross-entropy (nats) and top-1 accuracy (0 to 1) over the valid samples of all ranks, or over all tokens of
+    the valid sequences. Collective.
 
     Every rank must get the same number of batches, as ZeRO 3 gathers parameters in each forward pass; padding is
-    marked in `valid` and does not count. dtype: of the inputs that the model expects.
+    marked in `valid` and does not count. dtype: of the inputs that the model expects, unless they are integers.
     """
     was_training = engine.module.training
     engine.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for batch in batches:
-        targets, valid = batch.targets.to(engine.device), batch.valid.to(engine.device)
-        logits = engine(batch.inputs.to(engine.device, dtype)).float()
+        logits, targets = predict(engine, batch.inputs, batch.targets, dtype)
+        valid = batch.valid.to(engine.device).repeat_interleave(len(targets) // len(batch.valid))
         losses = F.cross_entropy(logits, targets, reduction="none")
         totals[0] += losses[valid].sum()
         totals[1] += (logits.argmax(1) == targets)[valid].sum()

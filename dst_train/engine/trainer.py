@@ -15,6 +15,7 @@ from dst_train import data
 from dst_train.data import Batch
 from dst_train.engine.evaluate import evaluate
 from dst_train.engine.optim import learning_rate, set_learning_rate
+from dst_train.engine.predict import predict
 from dst_train.engine.session import Session
 from dst_train.job import BatchPlan, Job
 from dst_train.monitor import Monitor
@@ -107,11 +108,10 @@ class Trainer:
         engine = self._engine
         rate = learning_rate(self._job, self._plan, self.step + 1)
         set_learning_rate(engine.optimizer.param_groups, rate)
-        totals = torch.zeros(4, dtype=torch.float64, device=engine.device)  # loss, correct, samples, replaced samples
+        totals = torch.zeros(4, dtype=torch.float64, device=engine.device)  # loss, correct, targets, replaced samples
         for micro in range(self._plan.accumulation):
             batch = next(batches)
-            targets = batch.targets.to(engine.device)
-            logits = engine(batch.inputs.to(engine.device, self._session.input_dtype)).float()
+            logits, targets = predict(engine, batch.inputs, batch.targets, self._session.input_dtype)
             loss = F.cross_entropy(logits, targets, label_smoothing=self._job.train.label_smoothing)
             totals[0] += loss.detach() * len(targets)
             totals[1] += (logits.detach().argmax(1) == targets).sum()

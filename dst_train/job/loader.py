@@ -19,6 +19,7 @@ from dst_train.job.schema import Job
 from dst_train.job.source import Key, Source, dotted, read
 
 PATHS: tuple[Key, ...] = (("data", "train", "shards"), ("data", "eval", "shards"), ("data", "cache_dir"), ("run_root",))
+BUILDERS = ("timm", "transformers", "mlp")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -68,7 +69,7 @@ def _describe(error: Any, source: Source) -> str:
     location, kind = error["loc"], error["type"]
     # pydantic puts the tag of a discriminated union into the location; the file has no such level.
     key: Key = tuple(
-        part for i, part in enumerate(location) if not (i == 1 and location[0] == "model" and part in ("timm", "mlp"))
+        part for i, part in enumerate(location) if not (i == 1 and location[0] == "model" and part in BUILDERS)
     )
     name = str(key[-1]) if key else ""
     if kind == "extra_forbidden":

@@ -33,6 +33,14 @@ class TimmModel(Strict):
     """Keyword arguments of `timm.create_model`."""
 
 
+class TransformersModel(Strict):
+    builder: Literal["transformers"]
+    name: str
+    """A model type of Hugging Face transformers that has a causal language model, for example `gpt2`."""
+    args: dict[str, Any] = {}
+    """Arguments of its configuration."""
+
+
 class MLPModel(Strict):
     builder: Literal["mlp"]
     in_features: Positive
@@ -41,7 +49,7 @@ class MLPModel(Strict):
     num_classes: Positive
 
 
-Model = Annotated[TimmModel | MLPModel, Field(discriminator="builder")]
+Model = Annotated[TimmModel | TransformersModel | MLPModel, Field(discriminator="builder")]
 
 
 class Rule(Strict):
@@ -120,7 +128,17 @@ class Split(Strict):
     """WebDataset tar shards, with brace ranges and ${ENV}: `${DATA}/train-{000000..000007}.tar`."""
     samples: Positive
     """Samples in all shards together."""
-    transform: Literal["digits", "digits_train", "imagenet_train", "imagenet_eval"]
+    transform: Literal["digits", "digits_train", "imagenet_train", "imagenet_eval", "next_byte"]
+    length: Positive | None = None
+    """For `next_byte`: bytes that the model reads of a sample; each predicts the byte after it."""
+
+    @model_validator(mode="after")
+    def _length_of_sequences(self) -> Split:
+        if (self.length is None) == (self.transform == "next_byte"):
+            raise ValueError(
+                f"next_byte needs a length, and no other transform takes one; got transform={self.transform}, length={self.length}"
+            )
+        return self
 
 
 class Data(Strict):
@@ -132,6 +150,12 @@ class Data(Strict):
     """Undecodable samples, over all ranks and the whole run, that may be replaced by their successor before the job fails."""
     cache_dir: str | None = None
     """Where remote shards are kept."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Data:
+        if self.eval is not None and self.eval.length != self.train.length:
+            raise ValueError(f"eval.length {self.eval.length} must be train.length {self.train.length}")
+        return self
 
 
 class Train(Strict):

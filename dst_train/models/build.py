@@ -9,24 +9,26 @@ import torch
 from torch import nn
 
 from dst_train.job import JobError
-from dst_train.job.schema import MLPModel, TimmModel
+from dst_train.job.schema import MLPModel, Model, TimmModel, TransformersModel
+from dst_train.models.causal_lm import causal_lm
 from dst_train.models.mlp import MLP
 
 # timm does not check arguments: a wrong one surfaces as any of these, somewhere inside the model
 BAD_ARGUMENT = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError)
 
 
-def build(spec: TimmModel | MLPModel, *, seed: int) -> nn.Module:
+def build(spec: Model, *, seed: int) -> nn.Module:
     """The model on the CPU in fp32; its initial values depend on `seed` only, and global generators are left as found.
 
-    Raises JobError for a name that timm does not have, with those that are close, and for arguments it does not take.
+    Raises JobError for a name that the library does not have, with those that are close, and for arguments it does not
+    take.
     """
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed: that would also seed the CUDA generators, which fork_rng then has to restore
         torch.default_generator.manual_seed(seed)
         if isinstance(spec, MLPModel):
             return MLP(spec.in_features, spec.hidden_features, spec.num_classes)
-        return _timm(spec)
+        return causal_lm(spec) if isinstance(spec, TransformersModel) else _timm(spec)
 
 
 def _timm(spec: TimmModel) -> nn.Module:

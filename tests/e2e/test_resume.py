@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dst_train.data import write_sequences
 
 ROOT = Path(__file__).parents[2]
 STEP_20, STEP_10 = "step-00000020", "step-00000010"
@@ -90,6 +93,35 @@ def test_10_and_10_steps_equal_20_bitwise(
     assert series["halves"] == series["whole"]
     assert _scalars(runs / "halves", "train/lr") == _scalars(runs / "whole", "train/lr")
     assert (runs / "halves/topology.jsonl").read_text() == (runs / "whole/topology.jsonl").read_text()
+
+
+def test_a_language_model_resumes_bitwise(run_job: Any, tmp_path: Path) -> None:
+    content = np.random.RandomState(0).randint(97, 101, (39, 17)).astype(np.uint8)
+    write_sequences(tmp_path, "s", content, 13)
+    split = f"{{shards: '{tmp_path}/s-{{000000..000002}}.tar', samples: 39, transform: next_byte, length: 16}}"
+    changes = [
+        *("model.args.n_layer=1", "model.args.n_embd=32", "model.args.n_positions=16", "model.args.resid_pdrop=0.1"),
+        *(f"data.train={split}", f"data.eval={split}", "train.epochs=null", "train.steps=8", "train.batch_size=8"),
+        *("train.micro_batch_size=2", "schedule.warmup_epochs=0.5", "topology.update={every: 3, until: 1.0}"),
+        *("monitor.every_steps=1", f"run_root={tmp_path / 'runs'}"),
+    ]
+
+    def run(name: str, *arguments: str) -> str:
+        overrides = [text for change in (*changes, f"name={name}") for text in ("--set", change)]
+        result = run_job(ROOT / "jobs/gpt_stdlib.yaml", *overrides, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert not result.stderr.strip()
+        return result.stdout
+
+    run("whole")
+    run("halves", "--stop-at", "4")
+    assert "resumed step-00000004 at step 4 of 8" in run("halves")
+    whole, halves = tmp_path / "runs/whole", tmp_path / "runs/halves"
+    _assert_equal(whole / "checkpoints/step-00000008", halves / "checkpoints/step-00000008")
+    assert _scalars(halves, "train/loss") == _scalars(whole, "train/loss")
+    assert (halves / "topology.jsonl").read_text() == (whole / "topology.jsonl").read_text() != ""
+    (accuracy,) = [value for _, value in _scalars(whole, "eval/accuracy")[-1:]]
+    assert accuracy * 39 * 16 == pytest.approx(round(accuracy * 39 * 16), abs=1e-3)  # every token once, padding never
 
 
 def test_a_finished_job_is_not_done_again(write_job: Any, run_job: Any, tmp_path: Path) -> None:

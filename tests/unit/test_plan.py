@@ -87,6 +87,7 @@ def test_memory_by_hand(job_file: Path, stage: int, precision: str, expected: tu
         (["model={builder: timm, name: vit_tny_patch16_224}"], "vit_tiny_patch16_224"),
         (["model={builder: timm, name: vit_tiny_patch16_224, args: {patches: 3}}"], "model.args: timm cannot build"),
         (["model.in_features=100", "sparsity=null"], "model: it does not take a sample of shape (1, 28, 28)"),
+        (["data.train.transform=next_byte", "data.train.length=9"], "bytes, needs .bin of 10 bytes"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_with_exit_code_2(
@@ -116,7 +117,29 @@ def test_every_job_plans(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(layers) == 36
         assert not any("qkv" in name for name in layers)
         assert plan.report.density == pytest.approx(0.1, abs=1e-3)
+    if "gpt" in path.stem:
+        assert len(layers) == (0 if "dense" in path.stem else 16)
+        assert "lm_head" not in layers
+        # Four blocks of 12 x 128^2 weights and the head, for 128 tokens.
+        assert plan.flops is not None
+        assert plan.flops[1] == 2 * 128 * (4 * 12 * 128**2 + 256 * 128)
     assert bool(layers) == ("dense" not in path.stem)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.args.n_positions=100"], r"it does not take a sample of shape \(128,\) \(torch.int64 up to 255\): index out of range"),
+        (["model.args.vocab_size=255"], r"a sample of shape \(128,\) \(torch.int64 up to 255\): index out of range"),
+        (["model={builder: timm, name: vit_tiny_patch16_224}", "sparsity=null"], r"a sample of shape \(128,\)"),
+        (["data.train={shards: x, samples: 96, transform: digits}", "data.eval=null"], r"shape \(1, 28, 28\) \(torch.float32 up to 0\)"),
+        (["sparsity.rules=[{match: lm_head, sparsity: 0.5}]"], "layer lm_head shares its weight with another module"),
+        (["model.args.n_layers=3"], "has no 'n_layers'; close names: n_layer"),
+    ],
+)  # fmt: skip
+def test_language_models_and_data_that_do_not_fit(overrides: list[str], message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        prepare(load(JOBS / "gpt_stdlib.yaml", overrides), 2, check_data=False)
 
 
 def test_data_is_checked_in_both_splits(job_file: Path) -> None:
@@ -134,7 +157,7 @@ def test_what_needs_no_torch_does_not_import_it(command: str) -> None:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-def test_plan_needs_no_deepspeed() -> None:
-    check = "import dst_train.plan, sys; print('deepspeed' in sys.modules)"
+def test_plan_imports_neither_deepspeed_nor_transformers() -> None:
+    check = "import dst_train.plan, sys; print([m for m in ('deepspeed', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
-    assert result.stdout.strip() == "False"
+    assert result.stdout.strip() == "[]"

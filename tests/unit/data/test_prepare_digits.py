@@ -39,7 +39,7 @@ def test_splits_are_whole_balanced_and_apart(digits):
         assert Counter(int(s.label) for s in samples) == dict.fromkeys(range(10), samples_per_class)
         # mixed, so that a few samples are not of one class
         assert len({s.label for s in samples[:50]}) >= 9
-        stored += [(np.array(Image.open(io.BytesIO(s.image))).tobytes(), int(s.label)) for s in samples]
+        stored += [(np.array(Image.open(io.BytesIO(s.content))).tobytes(), int(s.label)) for s in samples]
     images, labels = mnist_data()
     assert Counter(stored) == Counter(
         (x.astype(np.uint8).tobytes(), int(y)) for x, y in zip(images, labels, strict=True)

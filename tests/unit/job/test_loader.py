@@ -40,7 +40,7 @@ def test_defaults_and_numbers(base: Job) -> None:
         ("  epochs: 2\n", "", "job.yaml:9 train: give exactly one of epochs and steps, got epochs=None, steps=None"),
         ("  epochs: 2\n", "  epochs: 2\n  steps: 3\n", "job.yaml:9 train: give exactly one of epochs and steps, got epochs=2, steps=3"),
         ("  batch_size: 100\n", "", "job.yaml:9 train.batch_size: this key is required"),
-        ("builder: mlp", "builder: mpl", "job.yaml:2 model.builder: 'mpl' is unknown; did you mean 'mlp'? (choose one of timm, mlp)"),
+        ("builder: mlp", "builder: mpl", "job.yaml:2 model.builder: 'mpl' is unknown; did you mean 'mlp'? (choose one of timm, transformers, mlp)"),
         ("builder: mlp, ", "", "job.yaml:2 model.builder: this key is required"),
         ("num_classes: 10", "num_clases: 10", "job.yaml:2 model.num_clases: unknown key; did you mean 'num_classes'? (allowed: builder, in_features, hidden_features, num_classes)"),
         ("name: base", "name: a b", "job.yaml:1 name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', got 'a b'"),

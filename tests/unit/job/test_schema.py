@@ -9,10 +9,11 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from dst_train.job import BatchPlan, Job, JobError, load, schema_json
 from dst_train.job.loader import _models
+from dst_train.job.schema import Data, Split
 
 JOBS = Path(__file__).parents[3] / "jobs"
 
@@ -46,9 +47,11 @@ KEYS = [
     "data.train.shards",
     "data.train.samples",
     "data.train.transform",
+    "data.train.length",
     "data.eval.shards",
     "data.eval.samples",
     "data.eval.transform",
+    "data.eval.length",
     "data.num_workers",
     "data.max_bad_samples",
     "data.cache_dir",
@@ -104,7 +107,7 @@ def _files() -> list[Path]:
 
 
 def test_jobs_are_found() -> None:
-    assert len(_files()) == 5
+    assert len(_files()) == 7
 
 
 @pytest.mark.parametrize("path", _files(), ids=lambda p: p.stem)
@@ -116,6 +119,24 @@ def test_jobs_load_and_fit_the_schema(path: Path, monkeypatch: pytest.MonkeyPatc
     jsonschema.validate(content, json.loads(schema_json()))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**content, "sede": 1}, json.loads(schema_json()))
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ({"transform": "next_byte"}, "next_byte needs a length.*got transform=next_byte, length=None"),
+        ({"transform": "digits", "length": 8}, "no other transform takes one; got transform=digits, length=8"),
+    ],
+)
+def test_only_sequences_have_a_length(split: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Split.model_validate({"shards": "x.tar", "samples": 1, **split})
+
+
+def test_both_splits_have_one_length() -> None:
+    splits = [{"shards": "x.tar", "samples": 1, "transform": "next_byte", "length": n} for n in (8, 9)]
+    with pytest.raises(ValidationError, match=r"eval\.length 9 must be train\.length 8"):
+        Data.model_validate({"train": splits[0], "eval": splits[1]})
 
 
 def _job(**train: Any) -> Job:
