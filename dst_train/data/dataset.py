@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from webdataset.autodecode import Decoder, DecodingError, imagehandler
@@ -66,27 +66,48 @@ def seed_rng(seed: int) -> None:
 
 
 class Images:
-    """Decoded images and labels of a split by number."""
+    """Decoded images and labels of a split by number.
 
-    def __init__(self, store: SampleStore, transform_name: str, seed: int) -> None:
+    keep: hold what was read once, decoded and, where nothing of it is random, transformed.
+    """
+
+    def __init__(self, store: SampleStore, transform_name: str, seed: int, *, keep: bool = False) -> None:
         self.store, self.seed = store, seed
-        mode, self._transform = transform(transform_name)
-        self._decoder = Decoder([imagehandler(mode)])
+        self._transform = transform(transform_name)
+        self._decoder = Decoder([imagehandler(self._transform.mode)])
+        self._kept: dict[int, tuple[Any, Tensor]] | None = {} if keep else None
 
     def load(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """The input and the label, int64 []; augmentation depends on (seed, epoch, index) only.
 
         Raises BadSampleError, DataError.
         """
-        stored = self.store.read(index)
+        if self._kept is None:
+            image, label = self._decode(index)
+        else:
+            if index not in self._kept:
+                self._kept[index] = self._decode(index)
+            image, label = self._kept[index]
+        if not self._transform.random:
+            return image, label
         seed_rng(stable_seed(self.seed, "augment", epoch, index))
+        return self._apply(image, index), label
+
+    def _decode(self, index: int) -> tuple[Any, Tensor]:
+        """The image, as a tensor where the transform is the same in each epoch, and the label."""
+        stored = self.store.read(index)
         try:
             sample = self._decoder({stored.extension: stored.content, LABEL: stored.label})
-            return self._transform(sample[stored.extension]), torch.tensor(sample[LABEL])
         except DecodingError as error:
             raise BadSampleError(f"{self.store.name(index)}: .{error.k}: {_reason(error.__cause__)}") from error
+        image = sample[stored.extension]
+        return image if self._transform.random else self._apply(image, index), torch.tensor(sample[LABEL])
+
+    def _apply(self, image: Image.Image, index: int) -> Tensor:
+        try:
+            return self._transform.apply(image)
         except ValueError as error:
-            raise BadSampleError(f"{self.store.name(index)}: .{stored.extension}: {error}") from error
+            raise BadSampleError(f"{self.store.name(index)}: .{self.store.extension(index)}: {error}") from error
 
 
 def _reason(error: BaseException | None) -> str:
@@ -110,9 +131,9 @@ class Sequences:
 Samples = Images | Sequences
 
 
-def samples(split: Split, store: SampleStore, seed: int) -> Samples:
-    """What the split's transform makes of the stored samples."""
-    return Sequences(store) if split.transform == "next_byte" else Images(store, split.transform, seed)
+def samples(split: Split, store: SampleStore, seed: int, *, keep: bool) -> Samples:
+    """What the split's transform makes of the stored samples. keep: see Images; sequences need no decoding."""
+    return Sequences(store) if split.transform == "next_byte" else Images(store, split.transform, seed, keep=keep)
 
 
 class TrainSet(Dataset):

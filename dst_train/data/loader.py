@@ -32,7 +32,7 @@ def train_loader(job: Job, plan: BatchPlan, *, rank: int, start_step: int = 0) -
     if not 0 <= start_step <= plan.total_steps:
         raise ValueError(f"start_step is {start_step}, must be 0 to {plan.total_steps} (total_steps)")
     store = _open(job.data.train, job.data.cache_dir)
-    dataset = TrainSet(samples(job.data.train, store, job.seed), job.data.max_bad_samples)
+    dataset = TrainSet(samples(job.data.train, store, job.seed, keep=job.data.in_memory), job.data.max_bad_samples)
     order = TrainOrder(plan, len(store), seed=job.seed, rank=rank, start_step=start_step)
     return _batches(_loader(dataset, order, job.data.num_workers))
 
@@ -47,7 +47,7 @@ def eval_loader(job: Job, plan: BatchPlan, *, rank: int) -> Iterator[EvalBatch]:
     if job.data.eval is None:
         raise DataError("data.eval: the job has no evaluation data")
     store = _open(job.data.eval, job.data.cache_dir)
-    dataset = EvalSet(samples(job.data.eval, store, job.seed))
+    dataset = EvalSet(samples(job.data.eval, store, job.seed, keep=False))
     return _batches(_loader(dataset, EvalOrder(plan, len(store), rank=rank), job.data.num_workers))
 
 

@@ -70,6 +70,10 @@ class SampleStore:
         label = self._bytes(index, shard, *places[2:])
         return Encoded(content, self._extensions[extension], label)
 
+    def extension(self, index: int) -> str:
+        """Of the sample's content, without the dot."""
+        return self._extensions[self._table[index, 1]]
+
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""
         return f"shard {self._shards[self._table[index, 0]]}, sample {self._keys[index].decode()}"

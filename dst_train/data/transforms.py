@@ -27,10 +27,11 @@ def example_input(split: Split) -> torch.Tensor:
 
 
 class Transform(NamedTuple):
-    """`mode`: webdataset's name of the PIL mode that `apply` expects."""
+    """`mode`: webdataset's name of the PIL mode that `apply` expects. `random`: whether two calls may differ."""
 
     mode: str
     apply: Callable[[Image.Image], torch.Tensor]
+    random: bool
 
 
 def transform(name: str) -> Transform:
@@ -45,10 +46,10 @@ def transform(name: str) -> Transform:
     imagenet_eval: -> [3, 224, 224]; bicubic resize to 248 (crop 0.9), centre crop, ImageNet mean and deviation.
     """
     if name == "digits":
-        return Transform("pill", digits)
+        return Transform("pill", digits, random=False)
     if name == "digits_train":
         affine = RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)
-        return Transform("pill", Compose([affine, digits]))
+        return Transform("pill", Compose([affine, digits]), random=True)
     if name == "imagenet_train":
         train = create_transform(
             224,
@@ -58,9 +59,9 @@ def transform(name: str) -> Transform:
             re_prob=0.25,
             re_mode="pixel",
         )
-        return Transform("pilrgb", train)
+        return Transform("pilrgb", train, random=True)
     if name == "imagenet_eval":
-        return Transform("pilrgb", create_transform(224, interpolation="bicubic", crop_pct=0.9))
+        return Transform("pilrgb", create_transform(224, interpolation="bicubic", crop_pct=0.9), random=False)
     raise ValueError(f"unknown transform {name!r}: use digits, digits_train, imagenet_train or imagenet_eval")
 
 

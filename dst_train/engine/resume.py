@@ -12,6 +12,7 @@ MAY_CHANGE = (
     "data.num_workers",
     "data.max_bad_samples",
     "data.cache_dir",
+    "data.in_memory",
     "train.max_skipped_steps",
     "evaluate",
     "checkpoint",

@@ -150,6 +150,8 @@ class Data(Strict):
     """Undecodable samples, over all ranks and the whole run, that may be replaced by their successor before the job fails."""
     cache_dir: str | None = None
     """Where remote shards are kept."""
+    in_memory: bool = False
+    """Keep training images decoded in memory, in each loader process its own: for small data sets."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Data:

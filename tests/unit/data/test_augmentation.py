@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dst_train.data import DataError, train_loader, write_shards
+from dst_train.data.store import SampleStore
 from dst_train.data.transforms import transform
 from dst_train.job import BatchPlan
 
@@ -24,7 +25,7 @@ def folder(tmp_path):
 def colour_job(make_job, folder):
     def make(seed=0, **data):
         split = {"shards": f"{folder}/rgb-{{000000..000001}}.tar", "samples": 8, "transform": "imagenet_train"}
-        return make_job(seed, {"batch_size": 4, "micro_batch_size": 2}, {"train": split, **data})
+        return make_job(seed, {"batch_size": 4, "micro_batch_size": 2}, {"train": split, "eval": None, **data})
 
     return make
 
@@ -106,6 +107,19 @@ def test_imagenet_eval_is_not_random():
     white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     # white stays white when resized; float32 rounding
     torch.testing.assert_close(got[:, 0, 0], white, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["imagenet_train", "imagenet_eval"])
+def test_in_memory_gives_the_same_and_reads_once(colour_job, monkeypatch, name):
+    reads = []
+    read = SampleStore.read
+    monkeypatch.setattr(SampleStore, "read", lambda self, index: reads.append(index) or read(self, index))
+    split = {**colour_job().data.train.model_dump(), "transform": name}
+    expected = steps(colour_job(train=split))
+    assert len(reads) == 2 * 8
+    reads.clear()
+    assert equal(steps(colour_job(train=split, in_memory=True)), expected)
+    assert sorted(reads) == list(range(8))
 
 
 def test_unknown_transform():

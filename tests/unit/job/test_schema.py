@@ -55,6 +55,7 @@ KEYS = [
     "data.num_workers",
     "data.max_bad_samples",
     "data.cache_dir",
+    "data.in_memory",
     "train.epochs",
     "train.steps",
     "train.batch_size",
