@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from dst_train.job import BatchPlan, Job, JobError, load, schema_json
-from dst_train.job.loader import _models
+from dst_train.job.validate import _models
 
 JOBS = Path(__file__).parents[3] / "jobs"
 
