@@ -38,11 +38,12 @@ def run_study(
     if importlib.util.find_spec("matplotlib") is None:
         raise JobError("a study draws a plot with matplotlib, which is not installed: pip install 'dst-train[study]'")
     grid = build(path)
-    found = results.read_all(grid.runs)
     grid.folder.mkdir(parents=True, exist_ok=True)
-    report.write(grid, found)
-    pending = [] if only_table else [run for run in grid.runs if run.name not in found]
-    code = _run(grid, pending, command) if pending else 0
+    report.write(grid, results.read_all(grid.runs))
+    code = 0
+    if not only_table:
+        with _locked(grid.folder) as lock:
+            code = _run(grid, lock, command)
     print(f"{(grid.folder / 'table.md').read_text(encoding='utf-8')}\noutputs: {grid.folder}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -51,12 +52,15 @@ def run_study(
     return code
 
 
-def _run(grid: Grid, pending: Sequence[Run], command: Sequence[str]) -> int:
+def _run(grid: Grid, lock: int, command: Sequence[str]) -> int:
+    found = results.read_all(grid.runs)
+    pending = [run for run in grid.runs if run.name not in found]
     failed: dict[str, str] = {}
     interrupted = False
     try:
-        with _locked(grid.folder) as lock, _sigterm_as_ctrl_c():
-            _prepare(pending)
+        with _sigterm_as_ctrl_c():
+            if pending:
+                _prepare(pending)
             with closing(workers.execute(pending, grid.study.parallel, lock=lock, command=command)) as over:
                 _follow(grid, over, len(pending), failed)
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ def write(grid: Grid, results: Mapping[str, Result]) -> None:
         ("table.md", table(grid, results).encode()),
         ("plot.png", _plot(grid, results)),
     ):
-        partial = grid.folder / f"{name}.tmp"
+        partial = grid.folder / f"{name}.{os.getpid()}.tmp"  # `--table` may look on while a study runs
         partial.write_bytes(content)
         os.replace(partial, grid.folder / name)
 

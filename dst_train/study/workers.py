@@ -29,7 +29,7 @@ GRACE_SECONDS = 60.0
 
 def execute(
     runs: Sequence[Run], parallel: int, *, lock: int, command: Sequence[str] = COMMAND
-) -> Generator[tuple[Run, str | None]]:
+) -> Generator[tuple[Run, str | None], None, None]:
     """Run all, `parallel` at a time; yields each run when it is over, with its error or None.
 
     Closing the iterator stops what is running, at a step with a checkpoint. lock: a file descriptor that the processes hold
@@ -94,9 +94,9 @@ class Group:
         run.directory.mkdir(parents=True, exist_ok=True)
         (run.directory / "job.yaml").write_text(dump(run.job), encoding="utf-8")
         self._directory = run.directory
-        for process in self.processes:
-            # One that has died meanwhile shows in take_answers.
-            with suppress(BrokenPipeError):
+        for rank, process in enumerate(self.processes):
+            self._output(rank).unlink(missing_ok=True)  # of an attempt before: its error would be taken for this one's
+            with suppress(BrokenPipeError):  # one that has died meanwhile shows in take_answers
                 print(run.directory, file=_pipe(process.stdin), flush=True)
         self.awaited = {_pipe(process.stdout).fileno() for process in self.processes}
 
@@ -107,10 +107,13 @@ class Group:
             if pipe.fileno() in self.awaited and pipe.fileno() in ready:
                 self.awaited.remove(pipe.fileno())
                 if not pipe.readline():
-                    self.error = _describe(process.wait(), self._directory / f"output-{rank}.txt")
+                    self.error = _describe(process.wait(), self._output(rank))
                     stop([self], 0.0)  # the others wait for the one that ended
                     return True
         return not self.awaited
+
+    def _output(self, rank: int) -> Path:
+        return self._directory / f"output-{rank}.txt"
 
 
 def stop(groups: Sequence[Group], grace: float) -> None:

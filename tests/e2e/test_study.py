@@ -54,6 +54,7 @@ def test_a_study_is_interrupted_continued_and_not_run_again(write_job: Any, run_
     out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (130, "stopped; the same command continues\n"), out
     assert "3 of 4 runs" in (folder / "table.md").read_text()
+    assert "stopped by a signal at step " in (folder / "long-seed3/output-0.txt").read_text()
     finished = [folder / f"{name}-seed3/result.json" for name in ("set", "mest", "rigl")]
     before = [path.stat().st_mtime_ns for path in finished]
 

@@ -25,8 +25,9 @@ ONE_SEED = ("[0, 1, 2]", "[0]")
 
 
 @pytest.fixture(autouse=True)
-def _no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_prepare", lambda pending: None)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_prepare", lambda pending: None)  # there is no data
+    monkeypatch.setattr(report, "_plot", lambda grid, results: b"")  # see test_report.py
 
 
 def _execute(runs: Sequence[Run], fake: Fake, parallel: int = 1) -> dict[str, str | None]:
@@ -145,6 +146,8 @@ def test_a_killed_worker_is_told_and_replaced(grid: Grid, fake: Make) -> None:
     workers_ = fake(grid)
     first, second, third = grid.runs[:3]
     workers_.make(first.name, "kill")
+    first.directory.mkdir(parents=True)
+    (first.directory / "output-0.txt").write_text("an error of the attempt before")
     workers_.make(second.name, result(second).model_dump_json() + "\n")  # dies after its run, before the next one
     ended = _execute(grid.runs[:4], workers_)
     assert ended[first.name] == f"no output (killed by SIGKILL; see {first.directory / 'output-0.txt'})"
