@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, or 2 when the job cannot be run as written."""
+    """Exit codes: 0; 1 when a run of a study failed; 2 when the job or study cannot be run as written; 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="dst-train", description="Declarative dynamic sparse training.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     plan = verbs.add_parser("plan", help="check a job and print what it would do; needs no GPU")
@@ -18,21 +19,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     plan.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
     plan.add_argument("--no-data", action="store_true", help="do not look for the shards")
+    study = verbs.add_parser("study", help="run a job over a grid of overrides and seeds; continues where it stopped")
+    study.add_argument("study", type=Path, help="the study's YAML file")
+    study.add_argument(
+        "--out", type=Path, metavar="DIR", help="copy results.csv, table.md and plot.png there at the end"
+    )
+    study.add_argument("--table", action="store_true", help="run nothing, rewrite the outputs from what is there")
     verbs.add_parser("schema", help="print the JSON Schema of a job, for editors")
     args = parser.parse_args(argv)
-
-    from dst_train.job import JobError, load, schema_json
-
-    if args.verb == "schema":
-        sys.stdout.write(schema_json())
-        return 0
-    if args.ranks < 1:
+    if args.verb == "plan" and args.ranks < 1:
         parser.error(f"--ranks {args.ranks}: must be at least 1")
-    from dst_train.plan import prepare
+
+    from dst_train.job import JobError
 
     try:
-        print(prepare(load(args.job, args.overrides), args.ranks, check_data=not args.no_data))
+        return {"plan": _plan, "study": _study, "schema": _schema}[args.verb](args)
     except JobError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from dst_train.job import load
+    from dst_train.plan import prepare
+
+    print(prepare(load(args.job, args.overrides), args.ranks, check_data=not args.no_data))
+    return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    from dst_train.study import run_study
+
+    return run_study(args.study, out=args.out, only_table=args.table)
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from dst_train.job import schema_json
+
+    sys.stdout.write(schema_json())
     return 0

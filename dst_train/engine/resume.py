@@ -35,7 +35,7 @@ def check_job(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """
     allowed: list[str] = []
     refused: list[str] = []
-    for key, old, new in _differences(saved, current, ""):
+    for key, old, new in differences(saved, current):
         free = any(key == prefix or key.startswith(prefix + ".") for prefix in MAY_CHANGE)
         (allowed if free else refused).append(f"{key}: {old!r} -> {new!r}")
     if refused:
@@ -47,10 +47,11 @@ def check_job(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return allowed
 
 
-def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Key, old and new value of everything that differs between two nested mappings."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(set(old) | set(new)):
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return found
     return [] if old == new else [(path, old, new)]

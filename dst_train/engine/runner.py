@@ -13,7 +13,7 @@ from dst_train import job as jobs
 from dst_train.engine.checkpoint import CheckpointError, Checkpoints, Found
 from dst_train.engine.config import compile_config
 from dst_train.engine.resume import check_job
-from dst_train.engine.session import build_session, start_distributed
+from dst_train.engine.session import Session, build_session, close_session, start_distributed
 from dst_train.engine.trainer import Trainer
 from dst_train.job import BatchPlan, Job
 from dst_train.monitor import Monitor, RunDirectory
@@ -60,8 +60,10 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
             directory.write_text("ds_config.json", json.dumps(compile_config(job, plan), indent=2))
             directory.write_environment()
         with _stop_flag() as stop_requested:
-            trainer = _build(job, plan, monitor, checkpoints, found, stop_requested)
+            session = build_session(job, plan)
+            trainer = _trainer(job, plan, session, monitor, checkpoints, found, stop_requested)
             trainer.fit(plan.total_steps if stop_at is None else min(stop_at, plan.total_steps))
+        close_session(session)  # not after an error: the ranks are no longer in step, and the process ends
         finished = trainer.step == plan.total_steps
         return Outcome(directory.path, trainer.step, finished, trainer.last_evaluation)
     finally:
@@ -82,16 +84,16 @@ def _resumable(job: Job, checkpoints: Checkpoints) -> tuple[Found | None, list[s
     return found, notes
 
 
-def _build(
+def _trainer(
     job: Job,
     plan: BatchPlan,
+    session: Session,
     monitor: Monitor,
     checkpoints: Checkpoints,
     found: Found | None,
     stop_requested: Callable[[], bool],
 ) -> Trainer:
     """The trainer at step 0 or at the checkpoint's step."""
-    session = build_session(job, plan)
 
     def save(step: int) -> None:
         facts = {

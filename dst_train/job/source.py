@@ -62,7 +62,7 @@ def read(path: Path, overrides: Sequence[str]) -> Source:
 def _read_chain(path: Path, children: tuple[Path, ...]) -> Source:
     if path.resolve() in children:
         raise JobError(f"{path}: extends itself through {' -> '.join(str(p) for p in children)}")
-    source = _read_file(path)
+    source = read_file(path)
     if "extends" not in source.data:
         return source
     place, parent = source.place(("extends",)), source.data.pop("extends")
@@ -76,7 +76,12 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> Source:
     return base
 
 
-def _read_file(path: Path) -> Source:
+def read_file(path: Path) -> Source:
+    """One file, as it stands.
+
+    Raises:
+        JobError: it cannot be read or parsed, or a key is repeated or not text.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -85,7 +90,7 @@ def _read_file(path: Path) -> Source:
         loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            raise JobError(f"{path}:1: a job is a mapping of keys to values")
+            raise JobError(f"{path}:1: a job or a study is a mapping of keys to values")
         source = Source({}, {(): f"{path}:1"})
         _check(node, str(path), (), source.places)
         source.data = loader.construct_document(node)
@@ -130,26 +135,38 @@ def _merge(base: dict[str, Any], child: dict[str, Any], places: dict[Key, str], 
 
 
 def _override(source: Source, text: str) -> None:
+    """Sets one key. A mapping does not merge into the old one; mappings that are not there yet are made."""
     name, equals, value = text.partition("=")
-    keys = name.split(".")
-    if not equals or not all(keys):
+    names = name.split(".")
+    if not equals or not all(names):
         raise JobError(f"--set {text}: expected KEY=VALUE with a dotted key, for example train.batch_size=64")
     try:
         parsed = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise JobError(f"--set {text}: the value is not valid YAML: {error}") from error
     parent: Any = source.data
-    for key in keys[:-1]:
-        parent = parent.get(key) if isinstance(parent, dict) else None
+    key: Key = ()
+    for i, name in enumerate(names):
+        part = _part(parent, name, key, text)
+        key = (*key, part)
+        last = i == len(names) - 1
+        if last or not isinstance(parent[part] if isinstance(part, int) else parent.get(part), dict | list):
+            for stale in [k for k in source.places if k[: len(key)] == key]:
+                del source.places[stale]
+            source.places[key] = f"--set {text}:"
+            parent[part] = parsed if last else {}
+        parent = parent[part]
+
+
+def _part(parent: dict[str, Any] | list[Any], name: str, key: Key, text: str) -> str | int:
+    """The key of a mapping, or the index of an item that a list has."""
     if isinstance(parent, dict):
-        parent.pop(keys[-1], None)  # an override sets the key: a mapping does not merge into the old one
-    tree: dict[str, Any] = {keys[-1]: parsed}
-    for key in reversed(keys[:-1]):
-        tree = {key: tree}
-    places: dict[Key, str] = {tuple(keys[: i + 1]): f"--set {text}:" for i in range(len(keys))}
-    kept = {key: source.places[key] for key in places if key in source.places and key != tuple(keys)}
-    _merge(source.data, tree, source.places, places, ())
-    source.places.update(kept)
+        return name
+    if not (name.isascii() and name.isdigit() and int(name) < len(parent)):
+        raise JobError(
+            f"--set {text}: {dotted(key)} is a list of {len(parent)}; {name!r} is not the index (from 0) of one of its items"
+        )
+    return int(name)
 
 
 def dotted(key: Key) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +31,19 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": versions,
+        "cpu": cpu_name(),
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu_threads": torch.get_num_threads(),
         "git": git_revision(Path(__file__).resolve()),
     }
+
+
+def cpu_name() -> str:
+    """As the system calls it, for example `AMD EPYC 9654`; where it has no name for it, the architecture."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found.group(1).strip() if found else platform.machine()
 
 
 def git_revision(file: Path) -> dict[str, Any] | None:

@@ -121,6 +121,11 @@ class Topology:
         self._prepare()
         return self
 
+    def close(self) -> None:
+        """Free the process group of a bound topology, for a process that goes on to another. Collective."""
+        self._require_bound("close")
+        self._ranks.close()
+
     def step(self, applied: bool = True) -> TopologyUpdate | None:
         """Count one optimiser step and, when it is due, update the topology. Collective.
 

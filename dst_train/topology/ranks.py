@@ -27,6 +27,11 @@ class Ranks:
         self.world_size = dist.get_world_size() if self._group is not None else 1
         self.rank = dist.get_rank() if self._group is not None else 0
 
+    def close(self) -> None:
+        """Free the group, which holds threads and sockets. Collective."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; every rank gets the same bits."""
         if self._group is not None:

@@ -107,7 +107,7 @@ def test_no_data_and_bad_ranks(job_file: Path, capsys: pytest.CaptureFixture[str
     assert "--ranks 0: must be at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(JOBS.rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_job_plans(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGENET", "/data")
     plan = prepare(load(path), 8 if "imagenet" in path.stem else 2, check_data=False)

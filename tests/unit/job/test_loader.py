@@ -80,8 +80,8 @@ def test_what_stage_0_cannot_do(write: Write, overrides: tuple[str, ...], messag
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("- a\n", "job.yaml:1: a job is a mapping"),
-        ("", "job.yaml:1: a job is a mapping"),
+        ("- a\n", "job.yaml:1: a job or a study is a mapping"),
+        ("", "job.yaml:1: a job or a study is a mapping"),
         ("a: \x00", "job.yaml: not valid YAML: unacceptable character"),
     ],
 )
@@ -143,6 +143,23 @@ def test_overrides(write: Write) -> None:
     assert replaced.model.model_dump() == {"builder": "timm", "name": "x", "args": {}}
 
 
+def test_overrides_reach_into_lists(write: Write) -> None:
+    text = TEXT.replace("0.9}", "0.9, band: 2}\n    - {match: '*', sparsity: 0.8}")
+    job = load(write(text), ["sparsity.rules.0.sparsity=0.5", "model.hidden_features.1=32"])
+    assert job.sparsity is not None
+    assert [(r.match, r.sparsity, r.band) for r in job.sparsity.rules] == [("layers.*", 0.5, 2), ("*", 0.8, 1)]
+    assert job.model.model_dump()["hidden_features"] == [64, 32]
+    replaced = load(write(text), ["sparsity.rules.1={match: a, sparsity: 0.1}", "sparsity.rules.1.band=4"])
+    assert replaced.sparsity is not None
+    assert replaced.sparsity.rules[1].model_dump() == {
+        "match": "a",
+        "pattern": "diagonal",
+        "sparsity": 0.1,
+        "band": 4,
+        "size": 1,
+    }
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -151,9 +168,16 @@ def test_overrides(write: Write) -> None:
         ("seed=[", "--set seed=[: the value is not valid YAML"),
         ("seed=x", "--set seed=x: seed: input should be a valid integer, got 'x'"),
         ("train.sede=1", "--set train.sede=1: train.sede: unknown key"),
+        ("sparsity.rules.1.sparsity=0.5", "--set sparsity.rules.1.sparsity=0.5: sparsity.rules is a list of 1; '1' is not the index (from 0) of one of its items"),
+        ("sparsity.rules.-1.band=2", "--set sparsity.rules.-1.band=2: sparsity.rules is a list of 1; '-1' is not"),
+        ("sparsity.rules.first.band=2", "--set sparsity.rules.first.band=2: sparsity.rules is a list of 1; 'first' is not"),
+        ("sparsity.rules.0.sparsity=2", "--set sparsity.rules.0.sparsity=2: sparsity.rules.0.sparsity: input should be less than 1, got 2"),
+        ("sparsity.rules.0.bnd=2", "--set sparsity.rules.0.bnd=2: sparsity.rules.0.bnd: unknown key; did you mean 'band'?"),
+        ("topology=rigl", "--set topology=rigl: topology: input should be a valid dictionary"),
+        ("seed.x=1", "--set seed.x=1: seed: input should be a valid integer, got {'x': 1}"),
         ("deepspeed.stage=1", "--set deepspeed.stage=1: deepspeed.stage: unknown key (allowed: zero_optimization)"),
     ],
-)
+)  # fmt: skip
 def test_override_errors(write: Write, override: str, expected: str) -> None:
     assert any(line.startswith(expected) for line in _lines(write(), (override,)))
 

@@ -12,7 +12,7 @@ import torch
 
 from dst_train import __version__
 from dst_train.monitor import environment
-from dst_train.monitor.environment import git_revision
+from dst_train.monitor.environment import cpu_name, git_revision
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def test_it_is_written_as_json(run):
     assert written["packages"]["dst-train"] == __version__
     assert written["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert written["packages"]["deepspeed"]
+    assert written["cpu"]
     assert len(written["devices"]) == torch.cuda.device_count()
     assert written["time"].endswith("+00:00")
 
@@ -70,3 +71,8 @@ def test_outside_a_checkout_or_without_git_there_is_no_revision(tmp_path, reposi
     monkeypatch.setenv("PATH", "")
     assert git_revision(repository / "code.py") is None
     assert environment()["git"] is None
+
+
+def test_a_cpu_without_a_name_is_told_by_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert cpu_name() == platform.machine()

@@ -273,7 +273,7 @@ def test_a_dense_model_is_refused() -> None:
 def test_binding_errors() -> None:
     model = _model()
     topology = Topology(model, total_steps=10)
-    for call in (topology.step, topology.state_dict, lambda: topology.load_state_dict({})):
+    for call in (topology.step, topology.close, topology.state_dict, lambda: topology.load_state_dict({})):
         with pytest.raises(RuntimeError, match="before bind"):
             call()
     with pytest.raises(TypeError, match="cannot bind a topology to int"):

@@ -1,0 +1,121 @@
+"""The runs of a study: the product of its axes and seeds, equal jobs once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dst_train.job import Job, JobError, digest, load
+from dst_train.job.source import Source
+from dst_train.study.schema import Study, read_study
+
+Point = tuple[str, ...]
+"""The label of a value of each axis, in the order of the axes."""
+
+# A study runs hundreds of times what nobody watches, and that takes minutes; a job that says otherwise is obeyed.
+NEVER = 2**31 - 1
+OWN_KEYS = ("name", "run_root", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """points: where in the grid the run is shown; the first one and the seed make its name."""
+
+    job: Job
+    ranks: int
+    points: tuple[Point, ...]
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.job.run_root) / self.job.name
+
+
+@dataclass(frozen=True)
+class Grid:
+    """runs: all points with the first seed, then all with the second, so that an unfinished table has few gaps."""
+
+    study: Study
+    runs: tuple[Run, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.study.run_root) / self.study.name
+
+    def at(self, point: Point) -> list[Run]:
+        """The runs of a point, one for each seed."""
+        return [run for run in self.runs if point in run.points]
+
+
+def fingerprint(job: Job) -> str:
+    """sha256 of what the job does: of all but its name and where its files go."""
+    return digest(job.model_copy(update={"name": "", "run_root": ""}))
+
+
+def build(path: Path) -> Grid:
+    """Read a study and resolve the job of each point.
+
+    Raises:
+        JobError: the study, its job or an override is wrong; with file, line and key.
+    """
+    study, source = read_study(path)
+    base = path.parent / study.job
+    if not base.is_file():
+        raise JobError(f"{source.place(('job',))} job: {base} does not exist")
+    load(base)  # its own mistakes are told once, without any override
+    resolved = [(point, *_resolve(study, source, base, point)) for point in itertools.product(*study.axes.values())]
+    runs: dict[tuple[str, int], Run] = {}
+    for seed in study.seeds:
+        for point, job, ranks in resolved:
+            name = f"{'-'.join(point)}-seed{seed}"
+            job = job.model_copy(update={"name": name, "run_root": f"{study.run_root}/{study.name}", "seed": seed})
+            run = runs.setdefault((fingerprint(job), ranks), Run(job, ranks, ()))
+            runs[fingerprint(job), ranks] = replace(run, points=(*run.points, point))
+    return Grid(study, tuple(runs.values()))
+
+
+def _resolve(study: Study, source: Source, base: Path, point: Point) -> tuple[Job, int]:
+    """The job of a point and its number of ranks; errors name the line of the override in the file of the study."""
+    ranks, overrides, places = 1, [], {}
+    for place, text in _overrides(study, source, point):
+        key, _, value = text.partition("=")
+        if key == "ranks":
+            if not (value.isascii() and value.isdigit() and int(value) > 0):
+                raise JobError(f"{place} {text}: must be a number of ranks, at least 1")
+            ranks = int(value)
+        elif key in OWN_KEYS:
+            raise JobError(f"{place} {text}: the study itself sets {', '.join(OWN_KEYS)} of each run")
+        else:
+            overrides.append(text)
+            places[f"--set {text}:"] = f"{place} {text}:"
+    try:
+        job = load(base, overrides)
+    except JobError as error:
+        message = str(error)
+        for given, place in places.items():
+            message = message.replace(given, place)
+        raise JobError(message) from error
+    if job.data.eval is None:
+        raise JobError(f"{source.place(('metric',))} metric: the job has no data.eval at {'-'.join(point)}")
+    return _unwatched(job), ranks
+
+
+def _overrides(study: Study, source: Source, point: Point) -> Iterator[tuple[str, str]]:
+    """Place and text of the overrides of a point."""
+    for (axis, values), label in zip(study.axes.items(), point, strict=True):
+        for i, text in enumerate(values[label]):
+            yield source.place(("axes", axis, label, i)), text
+
+
+def _unwatched(job: Job) -> Job:
+    """Without TensorBoard, and with no checkpoint before the end, where the job does not say what it wants."""
+    if "tensorboard" not in job.monitor.model_fields_set:
+        job = job.model_copy(update={"monitor": job.monitor.model_copy(update={"tensorboard": False})})
+    if "every_steps" not in job.checkpoint.model_fields_set:
+        job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every_steps": NEVER})})
+    return job

@@ -1,0 +1,172 @@
+"""What a study says: results.csv, table.md and plot.png, from the results that are there."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import itertools
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dst_train.study.grid import Grid, Point
+from dst_train.study.results import Result
+from dst_train.study.schema import BEFORE, BEHIND, METRICS
+
+FILES = ("results.csv", "table.md", "plot.png")
+SCALES = {"accuracy": 100.0, "loss": 1.0}
+DIGITS = {"accuracy": 2, "loss": 4}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """mean, std: of `count` runs out of `planned`; std is the sample standard deviation, None of a single run."""
+
+    mean: float
+    std: float | None
+    count: int
+    planned: int
+
+
+def write(grid: Grid, results: Mapping[str, Result]) -> None:
+    """Rewrites the three files in the folder of the study, each whole or not at all."""
+    for name, content in (
+        ("results.csv", _csv(grid, results).encode()),
+        ("table.md", table(grid, results).encode()),
+        ("plot.png", _plot(grid, results)),
+    ):
+        partial = grid.folder / f"{name}.{os.getpid()}.tmp"  # `--table` may look on while a study runs
+        partial.write_bytes(content)
+        os.replace(partial, grid.folder / name)
+
+
+def cell(grid: Grid, results: Mapping[str, Result], point: Point) -> Cell | None:
+    """The metric at a point of the grid, accuracy in percent; None when no run of it is finished."""
+    runs = grid.at(point)
+    metric = grid.study.metric
+    values = [SCALES[metric] * results[run.name].evaluation[metric] for run in runs if run.name in results]
+    if not values:
+        return None
+    with np.errstate(invalid="ignore"):  # the loss of a run may be infinite
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return Cell(float(np.mean(values)), std, len(values), len(runs))
+
+
+def table(grid: Grid, results: Mapping[str, Result]) -> str:
+    """Markdown. The best mean of a column is bold once all runs of the column are finished."""
+    study = grid.study
+    labels = [axis for axis in study.axes if axis != study.columns]
+    columns = list(study.axes[study.columns])
+    lines = [
+        *_header(grid, results),
+        "",
+        f"| {' | '.join([*labels, *(f'{study.columns} {c}' for c in columns)])} |",
+        "|" + "---|" * (len(labels) + len(columns)),
+    ]
+    best = {column: _best(grid, results, column) for column in columns}
+    for row in _rows(grid):
+        cells = [_text(grid, cell(grid, results, _point(grid, row, column)), best[column]) for column in columns]
+        lines.append(f"| {' | '.join([*row, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _header(grid: Grid, results: Mapping[str, Result]) -> list[str]:
+    study, found = grid.study, list(results.values())
+    unit = "accuracy in %" if study.metric == "accuracy" else study.metric
+    spent = datetime.timedelta(seconds=round(sum(result.seconds for result in found)))
+    lines = [
+        f"# {study.name}",
+        "",
+        f"{unit}, mean ± sample standard deviation (number of runs); seeds {', '.join(map(str, study.seeds))}.",
+        f"{len(found)} of {len(grid.runs)} runs, {spent} of run time in total.",
+    ]
+    if found:
+        threads = _distinct(str(result.threads) for result in found)
+        revisions = _distinct(result.revision for result in found)
+        lines.append(
+            f"Code {revisions}; {_distinct(result.machine for result in found)}, threads of a rank: {threads}; "
+            f"torch {_distinct(result.torch for result in found)}."
+        )
+    return lines
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values)))
+
+
+def _rows(grid: Grid) -> list[Point]:
+    return list(itertools.product(*(values for axis, values in grid.study.axes.items() if axis != grid.study.columns)))
+
+
+def _point(grid: Grid, row: Point, column: str) -> Point:
+    index = list(grid.study.axes).index(grid.study.columns)
+    return (*row[:index], column, *row[index:])
+
+
+def _best(grid: Grid, results: Mapping[str, Result], column: str) -> float | None:
+    cells = [cell(grid, results, _point(grid, row, column)) for row in _rows(grid)]
+    means = [c.mean for c in cells if c is not None and c.count == c.planned and math.isfinite(c.mean)]
+    if len(means) < len(cells) or len(cells) < 2:
+        return None
+    return max(means) if grid.study.metric == "accuracy" else min(means)
+
+
+def _text(grid: Grid, found: Cell | None, best: float | None) -> str:
+    if found is None:
+        return "missing"
+    digits = DIGITS[grid.study.metric]
+    text = f"{found.mean:.{digits}f}"
+    if found.std is not None:
+        text += f" ± {found.std:.{digits}f}"
+    if found.mean == best:
+        text = f"**{text}**"
+    return f"{text} ({found.count})" if found.count == found.planned else f"{text} ({found.count} of {found.planned})"
+
+
+def _csv(grid: Grid, results: Mapping[str, Result]) -> str:
+    """A row for each finished run; evaluation as it was measured, accuracy from 0 to 1."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*BEFORE, *grid.study.axes, *METRICS, *BEHIND])
+    for run in grid.runs:
+        if run.name in results:
+            result = results[run.name]
+            # A run that several points share is a single row: these are not independent measurements.
+            labels = ["|".join(dict.fromkeys(values)) for values in zip(*run.points, strict=True)]
+            measured = [result.evaluation[metric] for metric in METRICS]
+            made = (result.revision, result.machine, result.torch, result.job_digest)
+            counts = (run.job.seed, run.ranks, result.steps, result.seconds, result.threads)
+            writer.writerow([run.name, *labels, *measured, *counts, *made])
+    return file.getvalue()
+
+
+def _plot(grid: Grid, results: Mapping[str, Result]) -> bytes:
+    """Mean and standard deviation over the columns, a line for each row, side by side so that no bar hides another."""
+    from matplotlib.figure import Figure  # an optional dependency, and slow to import
+
+    study = grid.study
+    columns, rows = list(study.axes[study.columns]), _rows(grid)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, row in enumerate(rows):
+        shift = 0.05 * (i - (len(rows) - 1) / 2)
+        found = [(x, cell(grid, results, _point(grid, row, column))) for x, column in enumerate(columns)]
+        drawn = [(x + shift, c.mean, c.std or 0.0) for x, c in found if c is not None]
+        if drawn:
+            x, mean, std = zip(*drawn, strict=True)
+            axes.errorbar(x, mean, yerr=std, marker="o", markersize=4, capsize=3, linewidth=1.2, label=", ".join(row))
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_xlabel(study.columns)
+    axes.set_ylabel("accuracy in %" if study.metric == "accuracy" else study.metric)
+    axes.set_title(f"{study.name}, {len(results)} of {len(grid.runs)} runs, mean ± standard deviation", fontsize=10)
+    axes.grid(alpha=0.3)
+    if results and any(rows):
+        axes.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()

@@ -1,0 +1,88 @@
+"""result.json: what a finished run leaves, and whether it is still the run that the study means."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dst_train.engine.resume import differences
+from dst_train.job import JobError
+from dst_train.study.grid import OWN_KEYS, Run, fingerprint
+
+FILE = "result.json"
+
+
+class Result(BaseModel):
+    """seconds: of the process that finished the run, without its start; parts before a resume are not in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    evaluation: dict[str, float]
+    steps: int
+    seconds: float
+    job_digest: str
+    ranks: int
+    threads: int
+    git: dict[str, Any] | None
+    machine: str
+    torch: str
+
+    @property
+    def revision(self) -> str:
+        """Of the code: 12 digits of the commit, `+changes` when files differed from it."""
+        if self.git is None:
+            return "unknown"
+        return self.git["revision"][:12] + ("+changes" if self.git["dirty"] else "")
+
+
+def write(directory: Path, result: Result) -> None:
+    """Whole or not at all."""
+    partial = directory / f"{FILE}.tmp"
+    partial.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, directory / FILE)
+
+
+def read_all(runs: Iterable[Run]) -> dict[str, Result]:
+    """The results so far, by name of the run.
+
+    Raises:
+        JobError: a file that is no result, or results of other jobs than those of the study, each with what differs.
+    """
+    found: dict[str, Result] = {}
+    changed = []
+    for run in runs:
+        path = run.directory / FILE
+        if path.is_file():
+            found[run.name] = _read(path)
+            changed += _changes(run, found[run.name])
+    if changed:
+        raise JobError("\n".join(changed))
+    return found
+
+
+def _read(path: Path) -> Result:
+    try:
+        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise JobError(f"{path}: is no result of a run: {error}; remove the folder to run it again") from error
+
+
+def _changes(run: Run, result: Result) -> list[str]:
+    if (result.job_digest, result.ranks) == (fingerprint(run.job), run.ranks):
+        return []
+    what = [] if result.ranks == run.ranks else [f"ranks: {result.ranks} -> {run.ranks}"]
+    job = run.directory / "job.yaml"
+    if job.is_file():
+        saved = yaml.safe_load(job.read_text(encoding="utf-8"))
+        for key, old, new in differences(saved, run.job.model_dump(mode="json")):
+            if key not in OWN_KEYS[:2]:
+                what.append(f"{key}: {old!r} -> {new!r}")
+    return [
+        f"{run.directory}: is the result of another job than the study's ({'; '.join(what) or 'job.yaml is gone'}); remove "
+        "the folder to run it again, change the study back, or give it another name"
+    ]

@@ -1,0 +1,60 @@
+"""What the YAML file of a study may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dst_train.job.schema import Count, Positive, Strict
+from dst_train.job.source import Source, read_file
+from dst_train.job.validate import validate
+
+# No hyphen: it stands between the labels in the name of a run, which are so told apart.
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")]
+
+# Columns of results.csv before and behind those of the axes and of the evaluation.
+BEFORE = ("run",)
+BEHIND = ("seed", "ranks", "steps", "seconds", "threads", "revision", "machine", "torch", "job_digest")
+METRICS = ("accuracy", "loss")
+
+
+class Study(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the study's folder."""
+    run_root: str = "runs/studies"
+    """Where the study's folder is."""
+    job: str
+    """The base job, relative to the file of the study."""
+    seeds: Annotated[list[Count], Field(min_length=1)]
+    """Each point of the grid is run with each seed."""
+    metric: Literal["accuracy", "loss"]
+    """What the table shows of the evaluation at the end; accuracy in percent."""
+    axes: Annotated[dict[Label, Annotated[dict[Label, list[str]], Field(min_length=1)]], Field(min_length=1)]
+    """For each axis its values, and for each value overrides as `--set` takes them, or `ranks=N`; applied in the order of the axes."""
+    columns: str
+    """The axis of the table's columns and the plot's x; the others make rows and lines."""
+    parallel: Positive = 1
+    """Runs at a time."""
+
+    @model_validator(mode="after")
+    def _axes_and_seeds(self) -> Study:
+        if self.columns not in self.axes:
+            raise ValueError(f"columns is {self.columns!r}, must be one of the axes {', '.join(self.axes)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds}: one stands twice")
+        taken = [axis for axis in self.axes if axis in (*BEFORE, *METRICS, *BEHIND)]
+        if taken:
+            raise ValueError(f"axes: {', '.join(taken)} is a column of results.csv already; give the axis another name")
+        return self
+
+
+def read_study(path: Path) -> tuple[Study, Source]:
+    """The study, and where in the file each key stands.
+
+    Raises:
+        JobError: a line `file:line key.path: what is wrong` for everything that is wrong.
+    """
+    source = read_file(path)
+    return validate(Study, source), source

@@ -1,0 +1,152 @@
+"""Processes that run the runs of a study.
+
+Starting one takes seconds (torch, DeepSpeed), so a process takes one run after the other. A run on several ranks is the same
+with a process for each rank, which find each other as those of a launcher do; no launcher is involved.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import IO, Any
+
+from dst_train.job import dump
+from dst_train.study.grid import Run
+
+COMMAND = (sys.executable, "-m", "dst_train.study.worker")
+# A rank that is asked to stop finishes its step and writes a checkpoint.
+GRACE_SECONDS = 60.0
+
+
+def execute(
+    runs: Sequence[Run], parallel: int, *, lock: int, command: Sequence[str] = COMMAND
+) -> Generator[tuple[Run, str | None], None, None]:
+    """Run all, `parallel` at a time; yields each run when it is over, with its error or None.
+
+    Closing the iterator stops what is running, at a step with a checkpoint. lock: a file descriptor that the processes hold
+    open, so that the lock on it lasts as long as any of them.
+    """
+    pending = deque(sorted(runs, key=lambda run: run.ranks))
+    busy: dict[Group, Run] = {}
+    idle: list[Group] = []
+    try:
+        while pending or busy:
+            while pending and len(busy) < parallel:
+                run = pending.popleft()
+                group = next((g for g in idle if g.ranks == run.ranks), None)
+                if group is None:
+                    group = Group(run.ranks, max(1, (os.cpu_count() or 1) // (parallel * run.ranks)), lock, command)
+                else:
+                    idle.remove(group)
+                busy[group] = run
+                group.start(run)
+            ready = wait([pipe for group in busy for pipe in group.awaited])
+            for group in [g for g in busy if g.take_answers(ready)]:
+                run = busy.pop(group)
+                if group.error is None:
+                    idle.append(group)
+                yield run, group.error
+    finally:
+        stop([*busy, *idle], GRACE_SECONDS)
+
+
+class Group:
+    """A process for each rank, which run one job together at a time.
+
+    awaited: file descriptors of the ranks that have not answered yet. error: why the run failed; such a group is gone.
+    """
+
+    def __init__(self, ranks: int, threads: int, lock: int, command: Sequence[str]) -> None:
+        self.ranks = ranks
+        self.error: str | None = None
+        self.awaited: set[int] = set()
+        shared = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                pass_fds=(lock,),
+                start_new_session=True,  # Ctrl-C is for the study, which asks them to stop
+            )
+            for rank in range(ranks)
+        ]
+
+    def start(self, run: Run) -> None:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        (run.directory / "job.yaml").write_text(dump(run.job), encoding="utf-8")
+        self._directory = run.directory
+        for rank, process in enumerate(self.processes):
+            self._output(rank).unlink(missing_ok=True)  # of an attempt before: its error would be taken for this one's
+            with suppress(BrokenPipeError):  # one that has died meanwhile shows in take_answers
+                print(run.directory, file=_pipe(process.stdin), flush=True)
+        self.awaited = {_pipe(process.stdout).fileno() for process in self.processes}
+
+    def take_answers(self, ready: Sequence[Any]) -> bool:
+        """Takes the answers that are there. True when the run is over: every rank finished it, or one has ended."""
+        for rank, process in enumerate(self.processes):
+            pipe = _pipe(process.stdout)
+            if pipe.fileno() in self.awaited and pipe.fileno() in ready:
+                self.awaited.remove(pipe.fileno())
+                if not pipe.readline():
+                    self.error = _describe(process.wait(), self._output(rank))
+                    stop([self], 0.0)  # the others wait for the one that ended
+                    return True
+        return not self.awaited
+
+    def _output(self, rank: int) -> Path:
+        return self._directory / f"output-{rank}.txt"
+
+
+def stop(groups: Sequence[Group], grace: float) -> None:
+    """Ask all processes to stop, and kill those that have not after `grace` seconds."""
+    processes = [process for group in groups for process in group.processes]
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + grace
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        _pipe(process.stdout).close()
+        with suppress(BrokenPipeError):
+            _pipe(process.stdin).close()
+
+
+def _describe(code: int, output: Path) -> str:
+    """How a process ended: its last line (of a traceback, the error), and where the rest is."""
+    lines = output.read_text(encoding="utf-8", errors="replace").split("\n") if output.is_file() else []
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{last} ({how}; see {output})"
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None  # every process is started with both
+    return pipe
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
