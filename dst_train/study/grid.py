@@ -107,6 +107,8 @@ def _resolve(study: Study, source: Source, base: Path, point: Point) -> tuple[Jo
 
 def _overrides(study: Study, source: Source, point: Point) -> Iterator[tuple[str, str]]:
     """Place and text of the overrides of a point."""
+    for i, text in enumerate(study.set):
+        yield source.place(("set", i)), text
     for (axis, values), label in zip(study.axes.items(), point, strict=True):
         for i, text in enumerate(values[label]):
             yield source.place(("axes", axis, label, i)), text

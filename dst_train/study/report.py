@@ -20,6 +20,7 @@ from dst_train.study.schema import BEFORE, BEHIND, METRICS
 FILES = ("results.csv", "table.md", "plot.png")
 SCALES = {"accuracy": 100.0, "loss": 1.0}
 DIGITS = {"accuracy": 2, "loss": 4}
+UNITS = {"accuracy": "Accuracy in %", "loss": "Loss"}
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,9 @@ def write(grid: Grid, results: Mapping[str, Result]) -> None:
         os.replace(partial, grid.folder / name)
 
 
-def cell(grid: Grid, results: Mapping[str, Result], point: Point) -> Cell | None:
+def cell(grid: Grid, results: Mapping[str, Result], point: Point, metric: str) -> Cell | None:
     """The metric at a point of the grid, accuracy in percent; None when no run of it is finished."""
     runs = grid.at(point)
-    metric = grid.study.metric
     values = [SCALES[metric] * results[run.name].evaluation[metric] for run in runs if run.name in results]
     if not values:
         return None
@@ -57,31 +57,32 @@ def cell(grid: Grid, results: Mapping[str, Result], point: Point) -> Cell | None
 
 
 def table(grid: Grid, results: Mapping[str, Result]) -> str:
-    """Markdown. The best mean of a column is bold once all runs of the column are finished."""
+    """Markdown, a table for each metric. The best mean of a column is bold once all runs of the column are finished."""
+    metrics = sorted(METRICS, key=lambda metric: metric != grid.study.metric)
+    parts = [_header(grid, results), *(_table(grid, results, metric) for metric in metrics)]
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def _table(grid: Grid, results: Mapping[str, Result], metric: str) -> list[str]:
     study = grid.study
     labels = [axis for axis in study.axes if axis != study.columns]
     columns = list(study.axes[study.columns])
-    lines = [
-        *_header(grid, results),
-        "",
-        f"| {' | '.join([*labels, *(f'{study.columns} {c}' for c in columns)])} |",
-        "|" + "---|" * (len(labels) + len(columns)),
-    ]
-    best = {column: _best(grid, results, column) for column in columns}
+    head = [*labels, *(f"{study.columns} {column}" for column in columns)]
+    lines = [f"{UNITS[metric]}:", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    best = {column: _best(grid, results, column, metric) for column in columns}
     for row in _rows(grid):
-        cells = [_text(grid, cell(grid, results, _point(grid, row, column)), best[column]) for column in columns]
-        lines.append(f"| {' | '.join([*row, *cells])} |")
-    return "\n".join(lines) + "\n"
+        found = [(column, cell(grid, results, _point(grid, row, column), metric)) for column in columns]
+        lines.append(f"| {' | '.join([*row, *(_text(c, best[column], metric) for column, c in found)])} |")
+    return lines
 
 
 def _header(grid: Grid, results: Mapping[str, Result]) -> list[str]:
     study, found = grid.study, list(results.values())
-    unit = "accuracy in %" if study.metric == "accuracy" else study.metric
     spent = datetime.timedelta(seconds=round(sum(result.seconds for result in found)))
     lines = [
         f"# {study.name}",
         "",
-        f"{unit}, mean ± sample standard deviation (number of runs); seeds {', '.join(map(str, study.seeds))}.",
+        f"Mean ± sample standard deviation (number of runs); seeds {', '.join(map(str, study.seeds))}.",
         f"{len(found)} of {len(grid.runs)} runs, {spent} of run time in total.",
     ]
     if found:
@@ -107,18 +108,18 @@ def _point(grid: Grid, row: Point, column: str) -> Point:
     return (*row[:index], column, *row[index:])
 
 
-def _best(grid: Grid, results: Mapping[str, Result], column: str) -> float | None:
-    cells = [cell(grid, results, _point(grid, row, column)) for row in _rows(grid)]
+def _best(grid: Grid, results: Mapping[str, Result], column: str, metric: str) -> float | None:
+    cells = [cell(grid, results, _point(grid, row, column), metric) for row in _rows(grid)]
     means = [c.mean for c in cells if c is not None and c.count == c.planned and math.isfinite(c.mean)]
     if len(means) < len(cells) or len(cells) < 2:
         return None
-    return max(means) if grid.study.metric == "accuracy" else min(means)
+    return max(means) if metric == "accuracy" else min(means)
 
 
-def _text(grid: Grid, found: Cell | None, best: float | None) -> str:
+def _text(found: Cell | None, best: float | None, metric: str) -> str:
     if found is None:
         return "missing"
-    digits = DIGITS[grid.study.metric]
+    digits = DIGITS[metric]
     text = f"{found.mean:.{digits}f}"
     if found.std is not None:
         text += f" ± {found.std:.{digits}f}"
@@ -154,7 +155,7 @@ def _plot(grid: Grid, results: Mapping[str, Result]) -> bytes:
     axes = figure.add_subplot()
     for i, row in enumerate(rows):
         shift = 0.05 * (i - (len(rows) - 1) / 2)
-        found = [(x, cell(grid, results, _point(grid, row, column))) for x, column in enumerate(columns)]
+        found = [(x, cell(grid, results, _point(grid, row, column), study.metric)) for x, column in enumerate(columns)]
         drawn = [(x + shift, c.mean, c.std or 0.0) for x, c in found if c is not None]
         if drawn:
             x, mean, std = zip(*drawn, strict=True)
@@ -162,7 +163,7 @@ def _plot(grid: Grid, results: Mapping[str, Result]) -> bytes:
     axes.set_xticks(range(len(columns)), columns)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_xlabel(study.columns)
-    axes.set_ylabel("accuracy in %" if study.metric == "accuracy" else study.metric)
+    axes.set_ylabel(UNITS[study.metric])
     axes.set_title(f"{study.name}, {len(results)} of {len(grid.runs)} runs, mean ± standard deviation", fontsize=10)
     axes.grid(alpha=0.3)
     if results and any(rows):

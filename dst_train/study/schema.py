@@ -27,10 +27,12 @@ class Study(Strict):
     """Where the study's folder is."""
     job: str
     """The base job, relative to the file of the study."""
+    set: list[str] = []
+    """Overrides of every run, as `--set` takes them, before those of the axes."""
     seeds: Annotated[list[Count], Field(min_length=1)]
     """Each point of the grid is run with each seed."""
     metric: Literal["accuracy", "loss"]
-    """What the table shows of the evaluation at the end; accuracy in percent."""
+    """What the plot and the first table show of the evaluation at the end; a second table shows the other."""
     axes: Annotated[dict[Label, Annotated[dict[Label, list[str]], Field(min_length=1)]], Field(min_length=1)]
     """For each axis its values, and for each value overrides as `--set` takes them, or `ranks=N`; applied in the order of the axes."""
     columns: str

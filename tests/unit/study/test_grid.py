@@ -18,7 +18,7 @@ STUDIES = Path(__file__).parents[3] / "jobs/studies"
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("metric:", "metrics:", "study.yaml:5 metrics: unknown key; did you mean 'metric'? (allowed: name, run_root, job, seeds, metric, axes, columns, parallel)"),
+        ("metric:", "metrics:", "study.yaml:5 metrics: unknown key; did you mean 'metric'? (allowed: name, run_root, job, set, seeds, metric, axes, columns, parallel)"),
         ("metric: accuracy", "metric: acuracy", "study.yaml:5 metric: 'acuracy' is unknown; did you mean 'accuracy'? (choose one of accuracy, loss)"),
         ("seeds: [0, 1, 2]\n", "", "study.yaml:1 seeds: this key is required"),
         ("[0, 1, 2]", "[0, 1, 1]", "study.yaml:1: seeds [0, 1, 1]: one stands twice"),
@@ -50,7 +50,8 @@ def test_each_mistake_is_named_with_its_place(write: Write, old: str, new: str, 
 def test_the_studies_of_this_repository() -> None:
     grids = {path.stem: build(path) for path in STUDIES.glob("*.yaml")}
     assert all(name == grid.study.name for name, grid in grids.items())
-    assert len(grids["digits_mlp"].runs) == 5 * (4 * 4 + 1)  # dense is the same at each sparsity
+    methods = len(grids["digits_mlp"].study.axes["method"])
+    assert len(grids["digits_mlp"].runs) == 5 * (4 * (methods - 2) + 2)  # dense is the same at each sparsity
 
 
 def test_the_mistakes_of_the_job_are_told_as_those_of_the_job(write: Write) -> None:
@@ -84,6 +85,14 @@ def test_overrides_apply_in_the_order_of_the_axes(write: Write) -> None:
     assert run.job.sparsity is not None
     assert run.job.sparsity.rules[0].sparsity == 0.6
     assert run.points == (("80", "rigl"), ("90", "rigl"))
+
+
+def test_overrides_of_every_run_come_first(write: Write) -> None:
+    grid = build(write(("seeds:", "set: [optimizer.lr=0.25, topology.method=set]\nseeds:")))
+    assert all(run.job.optimizer.lr == 0.25 for run in grid.runs)
+    assert all(run.job.topology.method == "rigl" for run in grid.at(("80", "rigl")))
+    with pytest.raises(JobError, match=r"study.yaml:4 seed=1: the study itself sets"):
+        build(write(("seeds:", "set: [seed=1]\nseeds:")))
 
 
 def test_ranks_are_part_of_what_a_run_is(write: Write) -> None:

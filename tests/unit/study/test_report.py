@@ -26,15 +26,15 @@ def _results(grid: Grid, accuracies: dict[str, list[float]], **changes: object) 
 
 def test_mean_and_sample_standard_deviation(grid: Grid) -> None:
     found = _results(grid, {"80 rigl": [0.90, 0.92, 0.97], "90 rigl": [0.9, 0.8], "80 dense": [0.5]})
-    three = report.cell(grid, found, ("80", "rigl"))
+    three = report.cell(grid, found, ("80", "rigl"), "accuracy")
     assert three is not None
     assert (three.mean, three.count, three.planned) == (pytest.approx(93.0), 3, 3)
     assert three.std == pytest.approx(math.sqrt((9 + 1 + 16) / 2))  # of deviations -3, -1, 4
-    two = report.cell(grid, found, ("90", "rigl"))
+    two = report.cell(grid, found, ("90", "rigl"), "accuracy")
     assert two is not None
     assert (two.mean, two.std, two.count, two.planned) == (pytest.approx(85.0), pytest.approx(math.sqrt(50)), 2, 3)
-    assert report.cell(grid, found, ("90", "dense")) == report.Cell(50.0, None, 1, 3)
-    assert report.cell(grid, {}, ("90", "dense")) is None
+    assert report.cell(grid, found, ("90", "dense"), "accuracy") == report.Cell(50.0, None, 1, 3)
+    assert report.cell(grid, {}, ("90", "dense"), "accuracy") is None
 
 
 def test_the_table(grid: Grid) -> None:
@@ -42,23 +42,26 @@ def test_the_table(grid: Grid) -> None:
         grid, {"80 dense": [0.9, 0.9, 0.9], "80 rigl": [0.90, 0.92, 0.97], "90 rigl": [0.8]}, machine="b", threads=2
     )
     found["90-rigl-seed0"] = result(grid.at(("90", "rigl"))[0], 0.8, git=None)
-    assert report.table(grid, found).splitlines() == [
+    assert report.table(grid, found).splitlines()[:12] == [
         "# small",
         "",
-        "accuracy in %, mean ± sample standard deviation (number of runs); seeds 0, 1, 2.",
+        "Mean ± sample standard deviation (number of runs); seeds 0, 1, 2.",
         "7 of 9 runs, 0:01:10 of run time in total.",
         "Code 0123456789ab, unknown; a machine, b, threads of a rank: 1, 2; torch 2.0.",
+        "",
+        "Accuracy in %:",
         "",
         "| method | sparsity 80 | sparsity 90 |",
         "|---|---|---|",
         "| dense | 90.00 ± 0.00 (3) | 90.00 ± 0.00 (3) |",
         "| rigl | **93.00 ± 3.61** (3) | 80.00 (1 of 3) |",
     ]
+    assert report.table(grid, found).splitlines()[12:15] == ["", "Loss:", ""]
 
 
 def test_nothing_is_best_while_a_run_is_missing_and_gaps_are_told(grid: Grid) -> None:
     lines = report.table(grid, _results(grid, {"80 rigl": [0.9, 0.9, 0.9]})).splitlines()
-    assert lines[-2:] == ["| dense | missing | missing |", "| rigl | 90.00 ± 0.00 (3) | missing |"]
+    assert lines[10:12] == ["| dense | missing | missing |", "| rigl | 90.00 ± 0.00 (3) | missing |"]
     assert "0 of 9 runs" in report.table(grid, {})
 
 
@@ -67,7 +70,7 @@ def test_the_least_loss_is_the_best(write: Callable[..., Path]) -> None:
     found = _results(grid, {"80 dense": [0.5] * 3, "80 rigl": [0.75] * 3, "90 rigl": [0.25] * 3})
     lost = {"loss": math.inf, "accuracy": 0.0}
     found["90-rigl-seed0"] = result(grid.at(("90", "rigl"))[0], evaluation=lost)
-    assert report.table(grid, found).splitlines()[-2:] == [
+    assert report.table(grid, found).splitlines()[10:12] == [
         "| dense | 0.5000 ± 0.0000 (3) | 0.5000 ± 0.0000 (3) |",
         "| rigl | **0.2500 ± 0.0000** (3) | inf ± nan (3) |",
     ]
