@@ -28,9 +28,9 @@ class Strict(BaseModel):
 class TimmModel(Strict):
     builder: Literal["timm"]
     name: str
-    """A model name of `timm.list_models()`."""
+    """A model name of `timm.list_models()`, or a class of `timm.models` where no name leaves its sizes open: `MlpMixer`."""
     args: dict[str, Any] = {}
-    """Keyword arguments of `timm.create_model`."""
+    """Keyword arguments of `timm.create_model`, or of the class."""
 
 
 class TransformersModel(Strict):

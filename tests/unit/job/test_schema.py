@@ -108,7 +108,7 @@ def _files() -> list[Path]:
 
 
 def test_jobs_are_found() -> None:
-    assert len(_files()) == 7
+    assert len(_files()) == 8
 
 
 @pytest.mark.parametrize("path", _files(), ids=lambda p: p.stem)

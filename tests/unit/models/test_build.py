@@ -33,6 +33,15 @@ def test_timm_gets_its_arguments():
     assert len(model.blocks) == 1
 
 
+def test_a_class_of_timm_takes_sizes_that_its_names_fix():
+    args = {"img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "num_blocks": 2}
+    model = build(TimmModel(builder="timm", name="MlpMixer", args=args), seed=0)
+    assert isinstance(model, timm.models.MlpMixer)
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    with pytest.raises(JobError, match="cannot build MlpMixer with .*patchsize"):
+        build(TimmModel(builder="timm", name="MlpMixer", args={"patchsize": 7}), seed=0)
+
+
 def test_mlp_is_the_composition_of_its_layers():
     model = build(SMALL_MLP, seed=0)
     assert isinstance(model, MLP)
