@@ -95,6 +95,8 @@ class Topology(Strict):
     """`exact`: |mean gradient over ranks|, the same topology on any number of ranks. `local`: mean over ranks of |gradient|, cheaper."""
     gradient_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """`mest` drops the units with the smallest mean of |value| + gradient_weight * |gradient|."""
+    cold_start: Literal["mean", "zero"] = "mean"
+    """Second moment of regrown units: the mean of the layer's surviving ones, or 0, with longer first steps."""
     explore: Explore | None = None
     """Active units at first, as a multiple of those that stay; shrinks to 1 by cosine over the first 40 % of `update.until`.
     By default 2 for `dynadiag`, 1 for others. `full`, for `dynadiag` only: the soft gate over all units of the paper's code."""

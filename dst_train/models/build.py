@@ -33,13 +33,14 @@ def build(spec: Model, *, seed: int) -> nn.Module:
 
 def _timm(spec: TimmModel) -> nn.Module:
     model_class = getattr(timm.models, spec.name, None)
-    is_class = isinstance(model_class, type) and issubclass(model_class, nn.Module)
-    if not is_class and not timm.is_model(spec.name):
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        model_class = None
+    if model_class is None and not timm.is_model(spec.name):
         close = difflib.get_close_matches(spec.name, timm.list_models(), n=5)
         hint = f"close names: {', '.join(close)}" if close else "see timm.list_models()"
         raise JobError(f"model.name: timm {timm.__version__} has no model {spec.name!r}; {hint}")
     try:
-        return model_class(**spec.args) if is_class else timm.create_model(spec.name, **spec.args)
+        return model_class(**spec.args) if model_class else timm.create_model(spec.name, **spec.args)
     except BAD_ARGUMENT as error:
         raise JobError(
             f"model.args: timm cannot build {spec.name} with {spec.args}: {type(error).__name__}: {error}"

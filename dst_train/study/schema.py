@@ -27,7 +27,7 @@ class Study(Strict):
     """Where the study's folder is."""
     job: str
     """The base job, relative to the file of the study."""
-    set: list[str] = []
+    set: list[str] = Field(default_factory=list)
     """Overrides of every run, as `--set` takes them, before those of the axes."""
     seeds: Annotated[list[Count], Field(min_length=1)]
     """Each point of the grid is run with each seed."""

@@ -17,15 +17,14 @@ from dst_train.topology.ranks import Ranks
 from dst_train.topology.update import Change, TopologyUpdate, change_layer, describe, gather
 
 GROW_SIGNALS = ("exact", "local")
+COLD_STARTS = ("mean", "zero")
 
 
 class Topology:
     """Dynamic sparse training of the sparse layers of `model`.
 
     Call `bind` once the optimiser exists and `step` after every optimiser step, on all ranks. An update drops the active
-    units with the lowest scores and grows as many absent ones: see `METHODS`. Regrown values and first moments are 0; the
-    second moment of a regrown unit is the mean over the layer's surviving units, because Adam's step counter is shared
-    and a second moment of 0 would make its first steps too large. Dropped units do not regrow in the same update. A
+    units with the lowest scores and grows as many absent ones: see `METHODS`. Regrown values and first moments are 0. Dropped units do not regrow in the same update. A
     layer with more active units than are to stay (`explore`) drops the surplus over the first updates, by cosine.
 
     Args:
@@ -38,6 +37,8 @@ class Topology:
         drop_fraction: share of the active units replaced at first, decayed by cosine.
         grow_signal: see `GrowthSignal`; `mest` and `dynadiag` take |gradient| from it.
         gradient_weight: of `mest`, at least 0.
+        cold_start: second moment of regrown units. `mean`: of the layer's surviving units. `zero`: Adam's step counter is
+            shared, so that their first steps are up to three times as long (SMET, arXiv 2606.00888).
         temperature: (start, end) of the soft gate, by cosine until `until * total_steps`.
         seed: random growth is a pure function of (seed, layer, update number).
         accumulation: micro-batches (backward passes) per optimiser step.
@@ -58,6 +59,7 @@ class Topology:
         drop_fraction: float = 0.3,
         grow_signal: str = "exact",
         gradient_weight: float = 1.0,
+        cold_start: str = "mean",
         temperature: tuple[float, float] = (5.0, 0.05),
         seed: int = 0,
         accumulation: int = 1,
@@ -66,6 +68,8 @@ class Topology:
             raise ValueError(f"method={method!r}: choose one of static, {', '.join(METHODS)}")
         if grow_signal not in GROW_SIGNALS:
             raise ValueError(f"grow_signal={grow_signal!r}: choose one of {', '.join(GROW_SIGNALS)}")
+        if cold_start not in COLD_STARTS:
+            raise ValueError(f"cold_start={cold_start!r}: choose one of {', '.join(COLD_STARTS)}")
         for name, value in (("total_steps", total_steps), ("every", every), ("accumulation", accumulation)):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
@@ -84,6 +88,7 @@ class Topology:
         self.last_step = int(until * total_steps)
         self.drop_fraction = drop_fraction
         self.gradient_weight = gradient_weight
+        self.cold_start = cold_start
         self.temperature = temperature
         self.seed = seed
         self.steps = 0
@@ -232,4 +237,5 @@ class Topology:
             keep = final if last else policy.active_count(start, final, self.steps, self.last_step)
             absent = (layer.num_units - layer.num_active) // layer.num_groups
             grow = min(round(fraction * keep), absent)
-        return Change(self._method, grow, keep, self.gradient_weight, (self.seed, index, self.updates))
+        key = (self.seed, index, self.updates)
+        return Change(self._method, grow, keep, self.gradient_weight, self.cold_start, key)

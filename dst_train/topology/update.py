@@ -105,12 +105,16 @@ def gather(
 
 @dataclass(frozen=True)
 class Change:
-    """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards."""
+    """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards.
+
+    cold_start: what regrown units get as second moment, `mean` of the survivors or `zero`.
+    """
 
     method: Method
     grow: int
     keep: int
     gradient_weight: float
+    cold_start: str
     key: tuple[int, int, int]
 
 
@@ -145,8 +149,8 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
         # With nothing kept there is no better guess than what all had.
         survived = kept[held.clamp(min=0)] & (held >= 0) if bool(kept.any()) else held >= 0
         slots = layer.replace(dropped, grown)
-        # Adam's step counter is one for all: a second moment of 0 would make the first steps of what is new too large.
-        editor.write(layer.stored, layer.elements(slots), 0.0, float(scores.second_moment[survived].mean()))
+        second_moment = float(scores.second_moment[survived].mean()) if change.cold_start == "mean" else 0.0
+        editor.write(layer.stored, layer.elements(slots), 0.0, second_moment)
     if layer.alpha is not None and bool(kept.any()):
         alpha[grown] = alpha[kept].mean()
         others = torch.nonzero(~kept).flatten()

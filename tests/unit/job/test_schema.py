@@ -40,6 +40,7 @@ KEYS = [
     "topology.drop_fraction",
     "topology.grow_signal",
     "topology.gradient_weight",
+    "topology.cold_start",
     "topology.explore",
     "topology.alpha_lr",
     "topology.temperature.start",

@@ -38,7 +38,7 @@ def test_a_class_of_timm_takes_sizes_that_its_names_fix():
     model = build(TimmModel(builder="timm", name="MlpMixer", args=args), seed=0)
     assert isinstance(model, timm.models.MlpMixer)
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-    with pytest.raises(JobError, match="cannot build MlpMixer with .*patchsize"):
+    with pytest.raises(JobError, match=r"cannot build MlpMixer with .*patchsize"):
         build(TimmModel(builder="timm", name="MlpMixer", args={"patchsize": 7}), seed=0)
 
 

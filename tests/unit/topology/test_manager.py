@@ -228,6 +228,15 @@ def test_an_update_tells_of_itself() -> None:
     assert all(change.grow_margin is None for change in random.layers)
 
 
+def test_a_cold_start_of_zero() -> None:
+    model, topology, optimizer = _start("set", every=2, cold_start="zero")
+    before = model[0].offsets.clone()
+    _train(model, topology, optimizer, 2)
+    rows = model[0].offsets != before
+    assert rows.any()
+    assert not optimizer.state[model[0].values]["exp_avg_sq"][rows].any()
+
+
 def test_sgd_momentum_is_reset() -> None:
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -251,6 +260,7 @@ def test_evaluation_between_steps_does_not_count() -> None:
     [
         ({"method": "magic"}, "method='magic': choose one of static, set, rigl, mest, dynadiag"),
         ({"grow_signal": "loud"}, "grow_signal='loud'"),
+        ({"cold_start": "warm"}, "cold_start='warm': choose one of mean, zero"),
         ({"every": 0}, "every=0: must be at least 1"),
         ({"accumulation": 0}, "accumulation=0"),
         ({"total_steps": 0}, "total_steps=0"),
