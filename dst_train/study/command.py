@@ -44,6 +44,9 @@ def run_study(
     if not only_table:
         with _locked(grid.folder) as lock:
             code = _run(grid, lock, command)
+        report.write(
+            grid, results.read_all(grid.runs)
+        )  # runs that ended while the study was being stopped are in it, too
     print(f"{(grid.folder / 'table.md').read_text(encoding='utf-8')}\noutputs: {grid.folder}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

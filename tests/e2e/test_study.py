@@ -44,18 +44,20 @@ def test_a_study_is_interrupted_continued_and_not_run_again(write_job: Any, run_
     study = tmp_path / "study.yaml"
     study.write_text(STUDY.replace("ROOT", str(tmp_path)))
     folder = tmp_path / "studies/small"
+    finished = [folder / f"{name}-seed3/result.json" for name in ("set", "mest", "rigl")]
     last = folder / "long-seed3/log.txt"
 
     process = _start(study)
     deadline = time.monotonic() + 180
-    while not (last.is_file() and "step " in last.read_text()) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if all(path.is_file() for path in finished) and last.is_file() and "step " in last.read_text():
+            break
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (130, "stopped; the same command continues\n"), out
     assert "3 of 4 runs" in (folder / "table.md").read_text()
     assert "stopped by a signal at step " in (folder / "long-seed3/output-0.txt").read_text()
-    finished = [folder / f"{name}-seed3/result.json" for name in ("set", "mest", "rigl")]
     before = [path.stat().st_mtime_ns for path in finished]
 
     process = _start(study, "--out", str(tmp_path / "out"))
