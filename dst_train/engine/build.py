@@ -35,6 +35,7 @@ def topology_of(job: Job, plan: BatchPlan, model: nn.Module) -> Topology:
         drop_fraction=job.topology.drop_fraction,
         grow_signal=job.topology.grow_signal,
         gradient_weight=job.topology.gradient_weight,
+        gamma_sal=job.topology.gamma_sal,
         temperature=(job.topology.temperature.start, job.topology.temperature.end),
         seed=job.seed,
         accumulation=plan.accumulation,

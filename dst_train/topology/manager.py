@@ -32,19 +32,20 @@ class Topology:
         method: `static` (no updates), `set` (Mocanu et al. 2018): drops the smallest mean |value|, grows at random; `rigl`
             (Evci et al. 2020): grows the largest gradient; `mest` (Yuan et al. 2021, arXiv 2110.14032): drops the smallest
             |value| + gradient_weight * |gradient|, grows at random (its released code has a gradient_weight of 0 by
-            default, which is `set`); `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
+            default, which is `set`); `srigl` (arXiv 2305.02299): see `dst_train.topology.srigl`; `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
             needs `sparsify(..., gate="straight_through")`, or `gate="soft", explore=inf` for the paper's released code.
         total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
         drop_fraction: share of the active units replaced at first, decayed by cosine.
         grow_signal: see `GrowthSignal`; `mest` and `dynadiag` take |gradient| from it.
         gradient_weight: of `mest`, at least 0.
+        gamma_sal: of `srigl`, in [0, 1]; 0 switches ablation off.
         temperature: (start, end) of the soft gate, by cosine until `until * total_steps`.
         seed: random growth is a pure function of (seed, layer, update number).
         accumulation: micro-batches (backward passes) per optimiser step.
 
     Raises:
         ValueError: an argument out of range, a model without sparse layers (unless static), layers whose gates do not fit
-            the method, or more units than are to stay when there is no update to drop them.
+            the method, a pattern that the method is not for, or more units than are to stay when there is no update to drop them.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Topology:
         drop_fraction: float = 0.3,
         grow_signal: str = "exact",
         gradient_weight: float = 1.0,
+        gamma_sal: float = 0.3,
         temperature: tuple[float, float] = (5.0, 0.05),
         seed: int = 0,
         accumulation: int = 1,
@@ -74,6 +76,8 @@ class Topology:
                 raise ValueError(f"{name}={share}: must be in (0, 1]")
         if not gradient_weight >= 0.0:
             raise ValueError(f"gradient_weight={gradient_weight}: must be at least 0")
+        if not 0.0 <= gamma_sal <= 1.0:
+            raise ValueError(f"gamma_sal={gamma_sal}: must be in [0, 1]")
         if not min(temperature) > 0.0:
             raise ValueError(f"temperature={temperature}: both must be above 0")
         self.layers: dict[str, SparseLayer] = sparse_layers(model)
@@ -84,6 +88,7 @@ class Topology:
         self.last_step = int(until * total_steps)
         self.drop_fraction = drop_fraction
         self.gradient_weight = gradient_weight
+        self.gamma_sal = gamma_sal
         self.temperature = temperature
         self.seed = seed
         self.steps = 0
@@ -167,7 +172,13 @@ class Topology:
 
     def _check_layers(self) -> None:
         gated = self.method == "dynadiag"
+        patterns = self._method.patterns if self._method is not None else ()
         for name, layer in self.layers.items():
+            if patterns and layer.pattern not in patterns:
+                raise ValueError(
+                    f"layer {name} has pattern={layer.pattern!r} and method={self.method!r} is for {', '.join(patterns)}; "
+                    "change the layer's rule, or the method"
+                )
             if gated != (layer.gate is not None):
                 needs = "needs" if gated else "does not take"
                 raise ValueError(
@@ -227,4 +238,5 @@ class Topology:
             keep = final if last else policy.active_count(start, final, self.steps, self.last_step)
             absent = (layer.num_units - layer.num_active) // layer.num_groups
             grow = min(round(fraction * keep), absent)
-        return Change(self._method, grow, keep, self.gradient_weight, (self.seed, index, self.updates))
+        key = (self.seed, index, self.updates)
+        return Change(self._method, grow, keep, fraction, self.gradient_weight, self.gamma_sal, key)

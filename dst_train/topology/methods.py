@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dst_train.topology import policy
+from dst_train.topology import policy, srigl
 
 # dynadiag: units that compete for their place, as a multiple of those dropped.
 POOL = 2.0
@@ -21,16 +21,21 @@ class Units:
     """What an update knows of a layer's units; tensors [num_units] in float64 on the CPU, equal on all ranks.
 
     active: bool. value: mean |value|, 0 of absent units. gradient: mean |gradient|, 0 where the method does not measure.
-    alpha: learned importance, already `blended`; zeros without a gate. drop: how many will be dropped. weight: the job's
-    gradient_weight. key: (seed, layer, update), for random choices.
+    alpha: learned importance, already `blended`; zeros without a gate. groups: see `SparseLayer`. drop, keep: how many of a
+    group will be dropped, and are active afterwards. fraction: the share that changes. weight, gamma_sal: the job's
+    gradient_weight and gamma_sal. key: (seed, layer, update), for random choices.
     """
 
     active: Tensor
     value: Tensor
     gradient: Tensor
     alpha: Tensor
+    groups: int
     drop: int
+    keep: int
+    fraction: float
     weight: float
+    gamma_sal: float
     key: tuple[int, int, int]
 
 
@@ -41,13 +46,16 @@ Score = Callable[[Units], Tensor]
 class Method:
     """drop: the active units with the lowest score go. grow: the absent units with the highest score come; None: at random.
 
-    measures: whether the scores need the gradient of all units. gated: whether they need alpha.
+    measures: whether the scores need the gradient of all units. gated: whether they need alpha. patterns: what it is for;
+    none named: any. choose: in place of drop and grow, all units that are active afterwards, bool [num_units].
     """
 
     drop: Score
     grow: Score | None
     measures: bool
     gated: bool = False
+    patterns: tuple[str, ...] = ()
+    choose: Score | None = None
 
 
 def by_value(units: Units) -> Tensor:
@@ -61,6 +69,13 @@ def by_gradient(units: Units) -> Tensor:
 def by_value_and_gradient(units: Units) -> Tensor:
     """MEST, Yuan et al. 2021, arXiv 2110.14032, section 3: |value| + weight * |gradient|, here the means over a unit."""
     return units.value + units.weight * units.gradient
+
+
+def by_neurons(units: Units) -> Tensor:
+    """`srigl.choose`, with a group as a neuron."""
+    value, gradient, active = (t.view(units.groups, -1) for t in (units.value, units.gradient, units.active))
+    after = srigl.choose(value, gradient, active, fan_in=units.keep, fraction=units.fraction, gamma_sal=units.gamma_sal)
+    return after.flatten()
 
 
 def by_alpha(units: Units) -> Tensor:
@@ -95,6 +110,7 @@ METHODS = {
     "set": Method(by_value, None, measures=False),
     "rigl": Method(by_value, by_gradient, measures=True),
     "mest": Method(by_value_and_gradient, None, measures=True),
+    "srigl": Method(by_value, by_gradient, measures=True, patterns=("constant_fan_in",), choose=by_neurons),
     "dynadiag": Method(by_alpha_among_the_smallest, by_alpha, measures=True, gated=True),
 }
 # The soft gate of the paper's released code: all units compete by alpha alone until the topology settles.

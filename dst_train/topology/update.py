@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dst_train.sparse import DiagonalLinear, SparseLayer
+from dst_train.sparse import DiagonalLinear, MaskedLinear, SparseLayer
 from dst_train.topology import methods, policy, telemetry
 from dst_train.topology.editor import ParameterEditor
 from dst_train.topology.methods import Method, Units
@@ -20,7 +20,7 @@ class LayerUpdate:
     """What one update did to one layer; unit numbers, ascending.
 
     mean_age: optimiser steps that the active units have been there. explored: share of all units that ever were. uncovered:
-    outputs (of a tall layer) or inputs (of a wide one) without any weight. drop_margin, grow_margin: how clear the cut between
+    outputs (of a tall or masked layer) or inputs (of a wide one) without any weight. drop_margin, grow_margin: how clear the cut between
     dropped and kept, grown and absent units was, as a share of the larger score; None where there was no choice by score.
     gates: by which alpha weighs the active units after the update, effective_units: (sum of them)^2 / sum of their squares,
     temperature: of the soft gate; None without them.
@@ -105,12 +105,15 @@ def gather(
 
 @dataclass(frozen=True)
 class Change:
-    """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards."""
+    """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards. fraction:
+    the share that changes. gradient_weight, gamma_sal: of the methods that have them."""
 
     method: Method
     grow: int
     keep: int
+    fraction: float
     gradient_weight: float
+    gamma_sal: float
     key: tuple[int, int, int]
 
 
@@ -134,11 +137,20 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
     value[held[held >= 0]] = scores.value[held >= 0]
     alpha = methods.blended(scores.alpha, scores.gradient, active) if change.method.gated else scores.alpha
     drop = change.grow + int(active.sum()) // layer.num_groups - change.keep
-    units = Units(active, value, scores.gradient, alpha, drop, change.gradient_weight, change.key)
-    dropped, drop_margin = policy.lowest(change.method.drop(units), active, drop, layer.num_groups)
-    wish = change.method.grow(units) if change.method.grow else policy.random_scores(layer.num_units, change.key)
-    grown, grow_margin = policy.highest(wish, ~active, change.grow, layer.num_groups)
-    dropped, grown = dropped.sort().values, grown.sort().values
+    units = Units(
+        active,
+        value,
+        scores.gradient,
+        alpha,
+        layer.num_groups,
+        drop,
+        change.keep,
+        change.fraction,
+        change.gradient_weight,
+        change.gamma_sal,
+        change.key,
+    )
+    dropped, grown, drop_margin, grow_margin = _choose(units, change)
     kept = active.clone()
     kept[dropped] = False
     if dropped.numel() or grown.numel():
@@ -151,7 +163,19 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
         alpha[grown] = alpha[kept].mean()
         others = torch.nonzero(~kept).flatten()
         editor.write(layer.alpha, others, alpha[others], float(scores.alpha_second_moment[kept].mean()))
-    return Changed(dropped, grown, drop_margin, grow_margin if change.method.grow else None, alpha)
+    return Changed(dropped, grown, drop_margin, grow_margin, alpha)
+
+
+def _choose(units: Units, change: Change) -> tuple[Tensor, Tensor, float | None, float | None]:
+    """Units dropped and grown, ascending, and how clear the cuts were."""
+    method, active = change.method, units.active
+    if method.choose is not None:
+        after = method.choose(units)
+        return torch.nonzero(active & ~after).flatten(), torch.nonzero(after & ~active).flatten(), None, None
+    dropped, drop_margin = policy.lowest(method.drop(units), active, units.drop, units.groups)
+    wish = method.grow(units) if method.grow else policy.random_scores(active.numel(), change.key)
+    grown, grow_margin = policy.highest(wish, ~active, change.grow, units.groups)
+    return dropped.sort().values, grown.sort().values, drop_margin, grow_margin if method.grow else None
 
 
 def describe(name: str, layer: SparseLayer, changed: Changed, history: telemetry.History, step: int) -> LayerUpdate:
@@ -162,6 +186,8 @@ def describe(name: str, layer: SparseLayer, changed: Changed, history: telemetry
     uncovered = None
     if isinstance(layer, DiagonalLinear):
         uncovered = telemetry.uncovered(active, layer.band, *sorted((layer.in_features, layer.out_features)))
+    elif isinstance(layer, MaskedLinear):
+        uncovered = layer.out_features - int(layer.mask.any(1).sum())
     return LayerUpdate(
         name,
         layer.num_units,

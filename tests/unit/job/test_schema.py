@@ -39,6 +39,7 @@ KEYS = [
     "topology.drop_fraction",
     "topology.grow_signal",
     "topology.gradient_weight",
+    "topology.gamma_sal",
     "topology.explore",
     "topology.alpha_lr",
     "topology.temperature.start",

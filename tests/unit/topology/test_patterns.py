@@ -74,7 +74,7 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_of_each_group(pattern: st
     (change,) = update.layers
     assert set(change.dropped) == dropped
     assert set(change.grown) == grown
-    assert change.uncovered is None
+    assert change.uncovered == 24 - int(layer.mask.any(1).sum())
 
 
 def test_survivors_are_untouched() -> None:
