@@ -9,7 +9,7 @@ from dst_train.sparse import SparsityReport, sparsify
 from dst_train.topology import Topology
 
 
-def sparsify_by(job: Job, model: nn.Module) -> SparsityReport:
+def sparsify_by(job: Job, plan: BatchPlan, model: nn.Module) -> SparsityReport:
     """Make the layers sparse that the job says; a report without layers when it says none. ValueError as `sparsify`."""
     if job.sparsity is None:
         parameters = sum(p.numel() for p in model.parameters())
@@ -21,6 +21,7 @@ def sparsify_by(job: Job, model: nn.Module) -> SparsityReport:
         seed=job.seed,
         explore=job.topology.explore_factor,
         gate=job.topology.gate,
+        accumulation=plan.accumulation,
     )
 
 

@@ -82,7 +82,10 @@ class Topology:
             raise ValueError(f"temperature={temperature}: both must be above 0")
         self.layers: dict[str, SparseLayer] = sparse_layers(model)
         if not self.layers and method != "static":
-            raise ValueError("the model has no sparse layers; call sparsify() first, or use method='static'")
+            raise ValueError(
+                "the model has no sparse layers; call sparsify() first, or use method='static' "
+                "(also for pattern sr_ste alone, which has no topology to update)"
+            )
         self.method = method
         self.every = every
         self.last_step = int(until * total_steps)
