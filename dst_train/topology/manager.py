@@ -32,7 +32,7 @@ class Topology:
         method: `static` (no updates), `set` (Mocanu et al. 2018): drops the smallest mean |value|, grows at random; `rigl`
             (Evci et al. 2020): grows the largest gradient; `mest` (Yuan et al. 2021, arXiv 2110.14032): drops the smallest
             |value| + gradient_weight * |gradient|, grows at random (its released code has a gradient_weight of 0 by
-            default, which is `set`); `srigl` (arXiv 2305.02299): see `dst_train.topology.srigl`; `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
+            default, which is `set`); `cht` (arXiv 2501.19107) and `srigl` (arXiv 2305.02299): see their modules; `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
             needs `sparsify(..., gate="straight_through")`, or `gate="soft", explore=inf` for the paper's released code.
         total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
         drop_fraction: share of the active units replaced at first, decayed by cosine.

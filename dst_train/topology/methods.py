@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dst_train.topology import policy, srigl
+from dst_train.topology import cht, policy, srigl
 
 # dynadiag: units that compete for their place, as a multiple of those dropped.
 POOL = 2.0
@@ -23,7 +23,7 @@ class Units:
     active: bool. value: mean |value|, 0 of absent units. gradient: mean |gradient|, 0 where the method does not measure.
     alpha: learned importance, already `blended`; zeros without a gate. groups: see `SparseLayer`. drop, keep: how many of a
     group will be dropped, and are active afterwards. fraction: the share that changes. weight, gamma_sal: the job's
-    gradient_weight and gamma_sal. key: (seed, layer, update), for random choices.
+    gradient_weight and gamma_sal. shape: of the weight. key: (seed, layer, update), for random choices.
     """
 
     active: Tensor
@@ -36,6 +36,7 @@ class Units:
     fraction: float
     weight: float
     gamma_sal: float
+    shape: tuple[int, int]
     key: tuple[int, int, int]
 
 
@@ -44,7 +45,8 @@ Score = Callable[[Units], Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """drop: the active units with the lowest score go. grow: the absent units with the highest score come; None: at random.
+    """drop: the active units with the lowest score go. grow: of the units absent before, those with the highest score come, where
+    `active` is what the drop left; None: at random.
 
     measures: whether the scores need the gradient of all units. gated: whether they need alpha. patterns: what it is for;
     none named: any. choose: in place of drop and grow, all units that are active afterwards, bool [num_units].
@@ -69,6 +71,11 @@ def by_gradient(units: Units) -> Tensor:
 def by_value_and_gradient(units: Units) -> Tensor:
     """MEST, Yuan et al. 2021, arXiv 2110.14032, section 3: |value| + weight * |gradient|, here the means over a unit."""
     return units.value + units.weight * units.gradient
+
+
+def by_links(units: Units) -> Tensor:
+    """`cht.scores`, with a unit as a link."""
+    return cht.scores(units.active.view(units.shape)).flatten()
 
 
 def by_neurons(units: Units) -> Tensor:
@@ -110,6 +117,7 @@ METHODS = {
     "set": Method(by_value, None, measures=False),
     "rigl": Method(by_value, by_gradient, measures=True),
     "mest": Method(by_value_and_gradient, None, measures=True),
+    "cht": Method(by_value, by_links, measures=False, patterns=("unstructured",)),
     "srigl": Method(by_value, by_gradient, measures=True, patterns=("constant_fan_in",), choose=by_neurons),
     "dynadiag": Method(by_alpha_among_the_smallest, by_alpha, measures=True, gated=True),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -148,6 +148,7 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
         change.fraction,
         change.gradient_weight,
         change.gamma_sal,
+        (layer.out_features, layer.in_features),
         change.key,
     )
     dropped, grown, drop_margin, grow_margin = _choose(units, change)
@@ -173,7 +174,8 @@ def _choose(units: Units, change: Change) -> tuple[Tensor, Tensor, float | None,
         after = method.choose(units)
         return torch.nonzero(active & ~after).flatten(), torch.nonzero(after & ~active).flatten(), None, None
     dropped, drop_margin = policy.lowest(method.drop(units), active, units.drop, units.groups)
-    wish = method.grow(units) if method.grow else policy.random_scores(active.numel(), change.key)
+    left = replace(units, active=active.index_fill(0, dropped, False))
+    wish = method.grow(left) if method.grow else policy.random_scores(active.numel(), change.key)
     grown, grow_margin = policy.highest(wish, ~active, change.grow, units.groups)
     return dropped.sort().values, grown.sort().values, drop_margin, grow_margin if method.grow else None
 
