@@ -25,7 +25,7 @@ class SparsityRule:
     """`match`: glob over module names. `sparsity`: share of absent weights in [0, 1), or None to keep the layer dense.
 
     `pattern`: `diagonal` (see `DiagonalLinear`, `band`), `sr_ste` (see `SrSteLinear`, `size`), or one of `MaskedLinear`'s (`size`:
-    of `n_m` and `block`).
+    of `n_m` and of blocks).
     """
 
     match: str
@@ -107,7 +107,7 @@ def _parse(rule: Any) -> SparsityRule:
     known = ("diagonal", *PATTERNS, "sr_ste")
     if rule.pattern not in known:
         raise ValueError(f"rule {rule.match!r}: pattern {rule.pattern!r} is unknown; choose one of {', '.join(known)}")
-    for key, owners in (("band", ("diagonal",)), ("size", ("n_m", "block", "sr_ste"))):
+    for key, owners in (("band", ("diagonal",)), ("size", ("n_m", "block", "shuffled_block", "sr_ste"))):
         if getattr(rule, key) != 1 and rule.pattern not in owners:
             raise ValueError(f"rule {rule.match!r}: {key} belongs to {', '.join(owners)}, not to {rule.pattern}")
     if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:

@@ -59,6 +59,24 @@ def test_replace_moves_whole_units(pattern: str, size: int) -> None:
     assert torch.equal(layer.mask.flatten(), expected)
 
 
+def test_shuffled_blocks_are_blocks_in_another_order_that_a_checkpoint_carries() -> None:
+    layer = _layer("shuffled_block", size=2, sparsity=0.5)
+    rows, columns = layer.rows.argsort(), layer.columns.argsort()
+    assert rows.tolist() != list(range(12))
+    tiles = layer.mask[rows][:, columns].view(6, 2, 4, 2).float().mean((1, 3)).flatten()
+    assert sorted(tiles.tolist()) == [0.0] * 12 + [1.0] * 12
+    assert torch.equal(tiles.bool(), layer.units() >= 0)
+    elements = layer.elements(torch.tensor([3]))
+    assert layer.slot_of(elements).tolist() == [3] * 4
+    at = {(layer.rows[e // 8].item() // 2, layer.columns[e % 8].item() // 2) for e in elements.tolist()}
+    assert at == {(0, 3)}
+    other = MaskedLinear(8, 12, pattern="shuffled_block", sparsity=0.5, size=2)
+    assert not torch.equal(other.rows, layer.rows)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.units(), layer.units())
+    assert torch.equal(other.slot_of(torch.arange(96)), layer.slot_of(torch.arange(96)))
+
+
 def test_forward_gradient_and_scores() -> None:
     layer = _layer("block", size=2, dtype=torch.float64)
     x, dy = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
