@@ -1,6 +1,7 @@
 """Sparse layers, and the swap of a model's dense layers for them."""
 
 from dst_train.sparse.budget import BUDGETS, densities
+from dst_train.sparse.butterfly import ButterflyLinear
 from dst_train.sparse.layer import SparseLayer
 from dst_train.sparse.linear import GATES, DiagonalLinear
 from dst_train.sparse.masked import PATTERNS, MaskedLinear
@@ -12,6 +13,7 @@ __all__ = [
     "BUDGETS",
     "GATES",
     "PATTERNS",
+    "ButterflyLinear",
     "DiagonalLinear",
     "LayerReport",
     "MaskedLinear",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dst_train.sparse.budget import densities
+from dst_train.sparse.butterfly import ButterflyLinear
 from dst_train.sparse.layer import SparseLayer
 from dst_train.sparse.linear import DiagonalLinear
 from dst_train.sparse.masked import PATTERNS, MaskedLinear
@@ -24,7 +25,8 @@ from dst_train.sparse.sr_ste import SrSteLinear
 class SparsityRule:
     """`match`: glob over module names. `sparsity`: share of absent weights in [0, 1), or None to keep the layer dense.
 
-    `pattern`: `diagonal` (see `DiagonalLinear`, `band`), `sr_ste` (see `SrSteLinear`, `size`), or one of `MaskedLinear`'s (`size`:
+    `pattern`: `diagonal` (see `DiagonalLinear`, `band`), `sr_ste` and `butterfly` (see `SrSteLinear` and
+    `ButterflyLinear`, `size`), or one of `MaskedLinear`'s (`size`:
     of `n_m` and of blocks).
     """
 
@@ -104,10 +106,10 @@ def _parse(rule: Any) -> SparsityRule:
         rule = SparsityRule(**rule)
     else:
         rule = SparsityRule(**{name: getattr(rule, name) for name in names})
-    known = ("diagonal", *PATTERNS, "sr_ste")
+    known = ("diagonal", *PATTERNS, "sr_ste", "butterfly")
     if rule.pattern not in known:
         raise ValueError(f"rule {rule.match!r}: pattern {rule.pattern!r} is unknown; choose one of {', '.join(known)}")
-    for key, owners in (("band", ("diagonal",)), ("size", ("n_m", "block", "shuffled_block", "sr_ste"))):
+    for key, owners in (("band", ("diagonal",)), ("size", ("n_m", "block", "shuffled_block", "sr_ste", "butterfly"))):
         if getattr(rule, key) != 1 and rule.pattern not in owners:
             raise ValueError(f"rule {rule.match!r}: {key} belongs to {', '.join(owners)}, not to {rule.pattern}")
     if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:
@@ -156,7 +158,7 @@ def _build(
     explore: float,
     gate: str | None,
     accumulation: int,
-) -> tuple[LayerReport, SparseLayer | SrSteLinear]:
+) -> tuple[LayerReport, SparseLayer | SrSteLinear | ButterflyLinear]:
     try:
         # The constructor's own draw from the global generator is overwritten below: leave no trace of it.
         with torch.random.fork_rng(devices=[]):
@@ -187,7 +189,7 @@ def _module(
     explore: float,
     gate: str | None,
     accumulation: int,
-) -> DiagonalLinear | MaskedLinear | SrSteLinear:
+) -> DiagonalLinear | MaskedLinear | SrSteLinear | ButterflyLinear:
     out_features, in_features = layer.weight.shape
     shared: dict[str, Any] = {
         "sparsity": max(0.0, 1.0 - density),
@@ -195,13 +197,16 @@ def _module(
         "device": layer.weight.device,
         "dtype": layer.weight.dtype,
     }
-    drawn: dict[str, Any] = {"explore": explore, "generator": torch.Generator().manual_seed(seed), **shared}
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Any] = {"explore": explore, "generator": generator, **shared}
     if rule.pattern == "diagonal":
         return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, **drawn)
     if gate is not None:
         raise ValueError(f"gate={gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
     if rule.pattern == "sr_ste":
         return SrSteLinear(in_features, out_features, size=rule.size, accumulation=accumulation, **shared)
+    if rule.pattern == "butterfly":
+        return ButterflyLinear(in_features, out_features, size=rule.size, generator=generator, **shared)
     return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **drawn)
 
 
