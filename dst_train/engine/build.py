@@ -37,6 +37,7 @@ def topology_of(job: Job, plan: BatchPlan, model: nn.Module) -> Topology:
         grow_signal=job.topology.grow_signal,
         gradient_weight=job.topology.gradient_weight,
         gamma_sal=job.topology.gamma_sal,
+        channel_sparsity=job.topology.channel_sparsity,
         temperature=(job.topology.temperature.start, job.topology.temperature.end),
         seed=job.seed,
         accumulation=plan.accumulation,

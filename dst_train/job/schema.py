@@ -82,7 +82,7 @@ class Temperature(Strict):
 
 
 class Topology(Strict):
-    method: Literal["static", "set", "rigl", "mest", "cht", "srigl", "dynadiag"] = "rigl"
+    method: Literal["static", "set", "rigl", "mest", "cht", "srigl", "chase", "dynadiag"] = "rigl"
     update: Update = Update()
     drop_fraction: Fraction = 0.3
     """Share of the active units replaced at the first update; decays to 0 by cosine."""
@@ -92,6 +92,8 @@ class Topology(Strict):
     """`mest` drops the units with the smallest mean of |value| + gradient_weight * |gradient|."""
     gamma_sal: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
     """`srigl` ablates outputs with fewer than this share of their inputs salient; its paper has 0.95 for ViT. 0: none."""
+    channel_sparsity: Share = 0.5
+    """`chase` empties this share of the outputs by the last update; the other outputs get their weights."""
     explore: Explore | None = None
     """Active units at first, as a multiple of those that stay; shrinks to 1 by cosine over the first 40 % of `update.until`.
     By default 2 for `dynadiag`, 1 for others. `full`, for `dynadiag` only: the soft gate over all units of the paper's code."""

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dst_train.sparse import SparseLayer, sparse_layers
-from dst_train.topology import policy, telemetry
+from dst_train.topology import chase, policy, telemetry
 from dst_train.topology.editor import ParameterEditor, editor_for
 from dst_train.topology.growth import GrowthSignal
-from dst_train.topology.methods import METHODS, SOFT
+from dst_train.topology.methods import METHODS, SOFT, Change
 from dst_train.topology.ranks import Ranks
-from dst_train.topology.update import Change, TopologyUpdate, change_layer, describe, gather
+from dst_train.topology.update import TopologyUpdate, change_layer, describe, gather
 
 GROW_SIGNALS = ("exact", "local")
 
@@ -32,13 +32,15 @@ class Topology:
         method: `static` (no updates), `set` (Mocanu et al. 2018): drops the smallest mean |value|, grows at random; `rigl`
             (Evci et al. 2020): grows the largest gradient; `mest` (Yuan et al. 2021, arXiv 2110.14032): drops the smallest
             |value| + gradient_weight * |gradient|, grows at random (its released code has a gradient_weight of 0 by
-            default, which is `set`); `cht` (arXiv 2501.19107) and `srigl` (arXiv 2305.02299): see their modules; `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
+            default, which is `set`); `cht` (arXiv 2501.19107), `srigl` (arXiv 2305.02299), `chase` (arXiv 2305.19454): see their
+            modules; `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
             needs `sparsify(..., gate="straight_through")`, or `gate="soft", explore=inf` for the paper's released code.
         total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
         drop_fraction: share of the active units replaced at first, decayed by cosine.
         grow_signal: see `GrowthSignal`; `mest` and `dynadiag` take |gradient| from it.
         gradient_weight: of `mest`, at least 0.
         gamma_sal: of `srigl`, in [0, 1]; 0 switches ablation off.
+        channel_sparsity: of `chase`, the share of outputs without any weight after the last update, in [0, 1).
         temperature: (start, end) of the soft gate, by cosine until `until * total_steps`.
         seed: random growth is a pure function of (seed, layer, update number).
         accumulation: micro-batches (backward passes) per optimiser step.
@@ -60,6 +62,7 @@ class Topology:
         grow_signal: str = "exact",
         gradient_weight: float = 1.0,
         gamma_sal: float = 0.3,
+        channel_sparsity: float = 0.5,
         temperature: tuple[float, float] = (5.0, 0.05),
         seed: int = 0,
         accumulation: int = 1,
@@ -78,6 +81,8 @@ class Topology:
             raise ValueError(f"gradient_weight={gradient_weight}: must be at least 0")
         if not 0.0 <= gamma_sal <= 1.0:
             raise ValueError(f"gamma_sal={gamma_sal}: must be in [0, 1]")
+        if not 0.0 <= channel_sparsity < 1.0:
+            raise ValueError(f"channel_sparsity={channel_sparsity}: must be in [0, 1)")
         if not min(temperature) > 0.0:
             raise ValueError(f"temperature={temperature}: both must be above 0")
         self.layers: dict[str, SparseLayer] = sparse_layers(model)
@@ -92,6 +97,7 @@ class Topology:
         self.drop_fraction = drop_fraction
         self.gradient_weight = gradient_weight
         self.gamma_sal = gamma_sal
+        self.channel_sparsity = channel_sparsity
         self.temperature = temperature
         self.seed = seed
         self.steps = 0
@@ -241,5 +247,7 @@ class Topology:
             keep = final if last else policy.active_count(start, final, self.steps, self.last_step)
             absent = (layer.num_units - layer.num_active) // layer.num_groups
             grow = min(round(fraction * keep), absent)
+        progress = 1.0 if last else self.steps / self.last_step
+        empty = chase.removed_rows(self.channel_sparsity, layer.out_features, progress)
         key = (self.seed, index, self.updates)
-        return Change(self._method, grow, keep, fraction, self.gradient_weight, self.gamma_sal, key)
+        return Change(self._method, grow, keep, fraction, self.gradient_weight, self.gamma_sal, empty, key)

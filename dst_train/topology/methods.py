@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dst_train.topology import cht, policy, srigl
+from dst_train.topology import chase, cht, policy, srigl
 
 # dynadiag: units that compete for their place, as a multiple of those dropped.
 POOL = 2.0
@@ -17,13 +17,28 @@ SIGNAL_SHARE = 0.3
 
 
 @dataclass(frozen=True)
+class Change:
+    """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards. fraction:
+    the share that changes. gradient_weight, gamma_sal: of the methods that have them. empty: outputs to be without any weight.
+    key: (seed, layer, update), for random choices."""
+
+    method: Method
+    grow: int
+    keep: int
+    fraction: float
+    gradient_weight: float
+    gamma_sal: float
+    empty: int
+    key: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Units:
     """What an update knows of a layer's units; tensors [num_units] in float64 on the CPU, equal on all ranks.
 
     active: bool. value: mean |value|, 0 of absent units. gradient: mean |gradient|, 0 where the method does not measure.
-    alpha: learned importance, already `blended`; zeros without a gate. groups: see `SparseLayer`. drop, keep: how many of a
-    group will be dropped, and are active afterwards. fraction: the share that changes. weight, gamma_sal: the job's
-    gradient_weight and gamma_sal. shape: of the weight. key: (seed, layer, update), for random choices.
+    alpha: learned importance, already `blended`; zeros without a gate. groups: see `SparseLayer`. shape: of the weight. drop:
+    how many of a group will be dropped.
     """
 
     active: Tensor
@@ -31,13 +46,9 @@ class Units:
     gradient: Tensor
     alpha: Tensor
     groups: int
-    drop: int
-    keep: int
-    fraction: float
-    weight: float
-    gamma_sal: float
     shape: tuple[int, int]
-    key: tuple[int, int, int]
+    drop: int
+    change: Change
 
 
 Score = Callable[[Units], Tensor]
@@ -70,7 +81,7 @@ def by_gradient(units: Units) -> Tensor:
 
 def by_value_and_gradient(units: Units) -> Tensor:
     """MEST, Yuan et al. 2021, arXiv 2110.14032, section 3: |value| + weight * |gradient|, here the means over a unit."""
-    return units.value + units.weight * units.gradient
+    return units.value + units.change.gradient_weight * units.gradient
 
 
 def by_links(units: Units) -> Tensor:
@@ -81,8 +92,16 @@ def by_links(units: Units) -> Tensor:
 def by_neurons(units: Units) -> Tensor:
     """`srigl.choose`, with a group as a neuron."""
     value, gradient, active = (t.view(units.groups, -1) for t in (units.value, units.gradient, units.active))
-    after = srigl.choose(value, gradient, active, fan_in=units.keep, fraction=units.fraction, gamma_sal=units.gamma_sal)
+    keep, fraction = units.change.keep, units.change.fraction
+    after = srigl.choose(value, gradient, active, fan_in=keep, fraction=fraction, gamma_sal=units.change.gamma_sal)
     return after.flatten()
+
+
+def by_channels(units: Units) -> Tensor:
+    """`chase.choose`."""
+    value, gradient, active = (t.view(units.shape) for t in (units.value, units.gradient, units.active))
+    keep, fraction = units.change.keep, units.change.fraction
+    return chase.choose(value, gradient, active, keep=keep, fraction=fraction, removed=units.change.empty).flatten()
 
 
 def by_alpha(units: Units) -> Tensor:
@@ -119,6 +138,7 @@ METHODS = {
     "mest": Method(by_value_and_gradient, None, measures=True),
     "cht": Method(by_value, by_links, measures=False, patterns=("unstructured",)),
     "srigl": Method(by_value, by_gradient, measures=True, patterns=("constant_fan_in",), choose=by_neurons),
+    "chase": Method(by_value, by_gradient, measures=True, patterns=("unstructured",), choose=by_channels),
     "dynadiag": Method(by_alpha_among_the_smallest, by_alpha, measures=True, gated=True),
 }
 # The soft gate of the paper's released code: all units compete by alpha alone until the topology settles.

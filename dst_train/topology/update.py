@@ -11,7 +11,7 @@ from torch import Tensor
 from dst_train.sparse import DiagonalLinear, MaskedLinear, SparseLayer
 from dst_train.topology import methods, policy, telemetry
 from dst_train.topology.editor import ParameterEditor
-from dst_train.topology.methods import Method, Units
+from dst_train.topology.methods import Change, Units
 from dst_train.topology.ranks import Ranks
 
 
@@ -104,20 +104,6 @@ def gather(
 
 
 @dataclass(frozen=True)
-class Change:
-    """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards. fraction:
-    the share that changes. gradient_weight, gamma_sal: of the methods that have them."""
-
-    method: Method
-    grow: int
-    keep: int
-    fraction: float
-    gradient_weight: float
-    gamma_sal: float
-    key: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
 class Changed:
     """What happened to one layer. dropped, grown: units, int64, ascending. alpha: [num_units] afterwards."""
 
@@ -137,21 +123,9 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
     value[held[held >= 0]] = scores.value[held >= 0]
     alpha = methods.blended(scores.alpha, scores.gradient, active) if change.method.gated else scores.alpha
     drop = change.grow + int(active.sum()) // layer.num_groups - change.keep
-    units = Units(
-        active,
-        value,
-        scores.gradient,
-        alpha,
-        layer.num_groups,
-        drop,
-        change.keep,
-        change.fraction,
-        change.gradient_weight,
-        change.gamma_sal,
-        (layer.out_features, layer.in_features),
-        change.key,
-    )
-    dropped, grown, drop_margin, grow_margin = _choose(units, change)
+    shape = (layer.out_features, layer.in_features)
+    units = Units(active, value, scores.gradient, alpha, layer.num_groups, shape, drop, change)
+    dropped, grown, drop_margin, grow_margin = _choose(units)
     kept = active.clone()
     kept[dropped] = False
     if dropped.numel() or grown.numel():
@@ -167,9 +141,10 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
     return Changed(dropped, grown, drop_margin, grow_margin, alpha)
 
 
-def _choose(units: Units, change: Change) -> tuple[Tensor, Tensor, float | None, float | None]:
+def _choose(units: Units) -> tuple[Tensor, Tensor, float | None, float | None]:
     """Units dropped and grown, ascending, and how clear the cuts were."""
-    method, active = change.method, units.active
+    change, active = units.change, units.active
+    method = change.method
     if method.choose is not None:
         after = method.choose(units)
         return torch.nonzero(active & ~after).flatten(), torch.nonzero(after & ~active).flatten(), None, None

@@ -61,6 +61,7 @@ CASES = [
     ("rigl", "exact", "unstructured"),
     ("rigl", "exact", "constant_fan_in"),
     ("srigl", "exact", "constant_fan_in"),
+    ("chase", "exact", "unstructured"),
 ]
 Case = tuple[str, str, str]
 

@@ -40,6 +40,7 @@ KEYS = [
     "topology.grow_signal",
     "topology.gradient_weight",
     "topology.gamma_sal",
+    "topology.channel_sparsity",
     "topology.explore",
     "topology.alpha_lr",
     "topology.temperature.start",
