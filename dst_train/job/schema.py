@@ -48,7 +48,15 @@ class Rule(Strict):
     match: str
     """Glob over module names, for example `blocks.*.mlp.fc*`. The last rule that matches a layer wins."""
     pattern: Literal[
-        "diagonal", "unstructured", "constant_fan_in", "n_m", "block", "shuffled_block", "sr_ste", "butterfly"
+        "diagonal",
+        "unstructured",
+        "constant_fan_in",
+        "n_m",
+        "block",
+        "shuffled_block",
+        "tile_wise",
+        "sr_ste",
+        "butterfly",
     ] = "diagonal"
     """All but `diagonal` are a dense weight and a mask: baselines for accuracy, not for speed."""
     sparsity: Share | None
@@ -57,7 +65,7 @@ class Rule(Strict):
     """Adjacent diagonals chosen as one unit; must divide max(in_features, out_features)."""
     size: Positive = 1
     """Of `n_m` and `sr_ste`, adjacent entries of a row, N = (1 - sparsity) * size of which stay; of blocks, the side of a tile;
-    of `butterfly`, its shorter side."""
+    of `butterfly`, its shorter side; of `tile_wise`, adjacent outputs that share an input."""
 
 
 class Sparsity(Strict):

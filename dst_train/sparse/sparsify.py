@@ -27,7 +27,7 @@ class SparsityRule:
 
     `pattern`: `diagonal` (see `DiagonalLinear`, `band`), `sr_ste` and `butterfly` (see `SrSteLinear` and
     `ButterflyLinear`, `size`), or one of `MaskedLinear`'s (`size`:
-    of `n_m` and of blocks).
+    of `n_m`, blocks and `tile_wise`).
     """
 
     match: str
@@ -35,6 +35,12 @@ class SparsityRule:
     pattern: str = "diagonal"
     band: int = 1
     size: int = 1
+
+
+_OWNERS = {
+    "band": ("diagonal",),
+    "size": ("n_m", "block", "shuffled_block", "tile_wise", "sr_ste", "butterfly"),
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def _parse(rule: Any) -> SparsityRule:
     known = ("diagonal", *PATTERNS, "sr_ste", "butterfly")
     if rule.pattern not in known:
         raise ValueError(f"rule {rule.match!r}: pattern {rule.pattern!r} is unknown; choose one of {', '.join(known)}")
-    for key, owners in (("band", ("diagonal",)), ("size", ("n_m", "block", "shuffled_block", "sr_ste", "butterfly"))):
+    for key, owners in _OWNERS.items():
         if getattr(rule, key) != 1 and rule.pattern not in owners:
             raise ValueError(f"rule {rule.match!r}: {key} belongs to {', '.join(owners)}, not to {rule.pattern}")
     if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:

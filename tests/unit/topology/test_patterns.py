@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from dst_train.sparse import MaskedLinear, sparsify
 from dst_train.topology import Topology
 
-PATTERNS = [("unstructured", 1), ("constant_fan_in", 1), ("n_m", 4), ("block", 4), ("shuffled_block", 4)]
+PATTERNS = [
+    ("unstructured", 1),
+    ("constant_fan_in", 1),
+    ("n_m", 4),
+    ("block", 4),
+    ("shuffled_block", 4),
+    ("tile_wise", 4),
+]
 
 
 def _start(pattern: str, size: int, method: str, **kwargs: Any) -> tuple[MaskedLinear, Topology, torch.optim.Optimizer]:
