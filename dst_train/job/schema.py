@@ -57,14 +57,15 @@ class Rule(Strict):
         "tile_wise",
         "sr_ste",
         "butterfly",
+        "sdgp",
     ] = "diagonal"
-    """All but `diagonal` are a dense weight and a mask: baselines for accuracy, not for speed."""
+    """All but `diagonal` are dense weights, most with a mask: baselines for accuracy, not for speed."""
     sparsity: Share | None
-    """Share of weights that are absent; null keeps the layer dense."""
+    """Share of weights that are absent (of `sdgp`, of the gradient's entries); null keeps the layer dense."""
     band: Positive = 1
     """Adjacent diagonals chosen as one unit; must divide max(in_features, out_features)."""
     size: Positive = 1
-    """Of `n_m` and `sr_ste`, adjacent entries of a row, N = (1 - sparsity) * size of which stay; of blocks, the side of a tile;
+    """Of `n_m`, `sr_ste` and `sdgp`, adjacent entries of a row, N = (1 - sparsity) * size of which stay; of blocks, the side of a tile;
     of `butterfly`, its shorter side; of `tile_wise`, adjacent outputs that share an input."""
 
 

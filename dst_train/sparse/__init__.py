@@ -6,6 +6,7 @@ from dst_train.sparse.layer import SparseLayer
 from dst_train.sparse.linear import GATES, DiagonalLinear
 from dst_train.sparse.masked import PATTERNS, MaskedLinear
 from dst_train.sparse.report import LayerReport, SparsityReport
+from dst_train.sparse.sdgp import SdgpLinear
 from dst_train.sparse.sparsify import SparsityRule, sparse_layers, sparsify
 from dst_train.sparse.sr_ste import SrSteLinear
 
@@ -17,6 +18,7 @@ __all__ = [
     "DiagonalLinear",
     "LayerReport",
     "MaskedLinear",
+    "SdgpLinear",
     "SparseLayer",
     "SparsityReport",
     "SparsityRule",

@@ -18,6 +18,7 @@ from dst_train.sparse.layer import SparseLayer
 from dst_train.sparse.linear import DiagonalLinear
 from dst_train.sparse.masked import PATTERNS, MaskedLinear
 from dst_train.sparse.report import LayerReport, SparsityReport
+from dst_train.sparse.sdgp import SdgpLinear
 from dst_train.sparse.sr_ste import SrSteLinear
 
 
@@ -25,8 +26,8 @@ from dst_train.sparse.sr_ste import SrSteLinear
 class SparsityRule:
     """`match`: glob over module names. `sparsity`: share of absent weights in [0, 1), or None to keep the layer dense.
 
-    `pattern`: `diagonal` (see `DiagonalLinear`, `band`), `sr_ste` and `butterfly` (see `SrSteLinear` and
-    `ButterflyLinear`, `size`), or one of `MaskedLinear`'s (`size`:
+    `pattern`: `diagonal` (see `DiagonalLinear`, `band`), `sr_ste`, `butterfly` and `sdgp` (see
+    `SrSteLinear`, `ButterflyLinear` and `SdgpLinear`, `size`), or one of `MaskedLinear`'s (`size`:
     of `n_m`, blocks and `tile_wise`).
     """
 
@@ -39,8 +40,12 @@ class SparsityRule:
 
 _OWNERS = {
     "band": ("diagonal",),
-    "size": ("n_m", "block", "shuffled_block", "tile_wise", "sr_ste", "butterfly"),
+    "size": ("n_m", "block", "shuffled_block", "tile_wise", "sr_ste", "butterfly", "sdgp"),
 }
+
+
+# What a topology does not see.
+_NotDynamic = SrSteLinear | ButterflyLinear | SdgpLinear
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,18 @@ def sparsify(
     Raises:
         ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
             divide a layer or does not belong to the pattern, a weight that two modules share, sparsity outside [0, 1),
-            explore below 1, an unknown gate, or a gate for a layer that is not diagonal.
+            explore below 1, an unknown gate, a gate for a layer that is not diagonal, or `sdgp` under another budget than
+            `uniform`.
     """
     parsed = [_parse(rule) for rule in rules]
     dense = _replaceable(model)
     chosen = _assign(parsed, dense, model)
+    for layer, rule in chosen:
+        if rule.pattern == "sdgp" and budget != "uniform":
+            raise ValueError(
+                f"layer {layer.name} (rule {rule.match!r}): pattern sdgp prunes gradients, not weights, and has no share in "
+                f"budget {budget!r}; use uniform"
+            )
     density = densities(
         budget,
         [(layer.weight.shape[0], layer.weight.shape[1]) for layer, _ in chosen],
@@ -112,7 +124,7 @@ def _parse(rule: Any) -> SparsityRule:
         rule = SparsityRule(**rule)
     else:
         rule = SparsityRule(**{name: getattr(rule, name) for name in names})
-    known = ("diagonal", *PATTERNS, "sr_ste", "butterfly")
+    known = ("diagonal", *PATTERNS, "sr_ste", "butterfly", "sdgp")
     if rule.pattern not in known:
         raise ValueError(f"rule {rule.match!r}: pattern {rule.pattern!r} is unknown; choose one of {', '.join(known)}")
     for key, owners in _OWNERS.items():
@@ -164,7 +176,7 @@ def _build(
     explore: float,
     gate: str | None,
     accumulation: int,
-) -> tuple[LayerReport, SparseLayer | SrSteLinear | ButterflyLinear]:
+) -> tuple[LayerReport, SparseLayer | _NotDynamic]:
     try:
         # The constructor's own draw from the global generator is overwritten below: leave no trace of it.
         with torch.random.fork_rng(devices=[]):
@@ -195,7 +207,7 @@ def _module(
     explore: float,
     gate: str | None,
     accumulation: int,
-) -> DiagonalLinear | MaskedLinear | SrSteLinear | ButterflyLinear:
+) -> DiagonalLinear | MaskedLinear | _NotDynamic:
     out_features, in_features = layer.weight.shape
     shared: dict[str, Any] = {
         "sparsity": max(0.0, 1.0 - density),
@@ -213,6 +225,8 @@ def _module(
         return SrSteLinear(in_features, out_features, size=rule.size, accumulation=accumulation, **shared)
     if rule.pattern == "butterfly":
         return ButterflyLinear(in_features, out_features, size=rule.size, generator=generator, **shared)
+    if rule.pattern == "sdgp":
+        return SdgpLinear(in_features, out_features, size=rule.size, **shared)
     return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **drawn)
 
 

@@ -89,7 +89,7 @@ class Topology:
         if not self.layers and method != "static":
             raise ValueError(
                 "the model has no sparse layers; call sparsify() first, or use method='static' "
-                "(also for the patterns sr_ste and butterfly alone, which have no topology to update)"
+                "(also for the patterns sr_ste, butterfly and sdgp alone, which have no topology to update)"
             )
         self.method = method
         self.every = every

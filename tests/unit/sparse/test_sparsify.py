@@ -112,7 +112,7 @@ def _tied() -> nn.Module:
         (
             Net,
             {"match": "head", "sparsity": 0.9, "size": 2},
-            "size belongs to n_m, block, shuffled_block, tile_wise, sr_ste, butterfly, not to diagonal",
+            "size belongs to n_m, block, shuffled_block, tile_wise, sr_ste, butterfly, sdgp, not to diagonal",
         ),
         (Net, {"match": "head", "sparsity": 0.9, "pattern": "block", "size": 3}, r"layer head .*size=3: must divide"),
         (Net, {"match": "head", "sparsity": 0.9, "bands": 1}, "knows only match, sparsity, pattern, band, size"),

@@ -48,7 +48,7 @@ def test_a_rule_makes_it_and_no_topology_sees_it() -> None:
     assert model[0].decay == 2e-4 / 4
     assert (report.density, report.parameters) == (0.5, report.dense_parameters)
     assert not sparse_layers(model)
-    with pytest.raises(ValueError, match=r"no sparse layers.*method='static'.*sr_ste"):
+    with pytest.raises(ValueError, match=r"no sparse layers.*method='static'.*sr_ste, butterfly and sdgp"):
         Topology(model, method="rigl", total_steps=10)
     Topology(model, method="static", total_steps=10)
 
