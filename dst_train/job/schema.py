@@ -91,7 +91,7 @@ class Temperature(Strict):
 
 
 class Topology(Strict):
-    method: Literal["static", "set", "rigl", "mest", "cht", "srigl", "chase", "dynadiag"] = "rigl"
+    method: Literal["static", "set", "rigl", "mest", "cht", "chts", "srigl", "chase", "dynadiag"] = "rigl"
     update: Update = Update()
     drop_fraction: Fraction = 0.3
     """Share of the active units replaced at the first update; decays to 0 by cosine."""

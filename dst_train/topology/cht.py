@@ -1,4 +1,9 @@
-"""CHT: growth by the topology of the layer alone (Zhang et al. 2025, arXiv 2501.19107)."""
+"""CHT: growth by the topology of the layer alone (Zhang et al. 2025, arXiv 2501.19107).
+
+`cht` drops the smallest |value| and grows the highest score. `chts`, the soft rule, samples both, with the exponents of the
+authors' code (1 to 3; see `methods`). Of the paper's other parts this has neither the removal of links of neurons that lost all
+others nor its initial topologies and density decay.
+"""
 
 from __future__ import annotations
 

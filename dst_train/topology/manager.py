@@ -32,7 +32,7 @@ class Topology:
         method: `static` (no updates), `set` (Mocanu et al. 2018): drops the smallest mean |value|, grows at random; `rigl`
             (Evci et al. 2020): grows the largest gradient; `mest` (Yuan et al. 2021, arXiv 2110.14032): drops the smallest
             |value| + gradient_weight * |gradient|, grows at random (its released code has a gradient_weight of 0 by
-            default, which is `set`); `cht` (arXiv 2501.19107), `srigl` (arXiv 2305.02299), `chase` (arXiv 2305.19454): see their
+            default, which is `set`); `cht` and `chts` (arXiv 2501.19107), `srigl` (arXiv 2305.02299), `chase` (arXiv 2305.19454): see their
             modules; `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
             needs `sparsify(..., gate="straight_through")`, or `gate="soft", explore=inf` for the paper's released code.
         total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
@@ -250,4 +250,4 @@ class Topology:
         progress = 1.0 if last else self.steps / self.last_step
         empty = chase.removed_rows(self.channel_sparsity, layer.out_features, progress)
         key = (self.seed, index, self.updates)
-        return Change(self._method, grow, keep, fraction, self.gradient_weight, self.gamma_sal, empty, key)
+        return Change(self._method, grow, keep, fraction, progress, self.gradient_weight, self.gamma_sal, empty, key)

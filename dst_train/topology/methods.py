@@ -19,13 +19,14 @@ SIGNAL_SHARE = 0.3
 @dataclass(frozen=True)
 class Change:
     """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards. fraction:
-    the share that changes. gradient_weight, gamma_sal: of the methods that have them. empty: outputs to be without any weight.
-    key: (seed, layer, update), for random choices."""
+    the share that changes. progress: share of the updates' time that is over. gradient_weight, gamma_sal: of the methods that
+    have them. empty: outputs to be without any weight. key: (seed, layer, update), for random choices."""
 
     method: Method
     grow: int
     keep: int
     fraction: float
+    progress: float
     gradient_weight: float
     gamma_sal: float
     empty: int
@@ -89,6 +90,16 @@ def by_links(units: Units) -> Tensor:
     return cht.scores(units.active.view(units.shape)).flatten()
 
 
+def by_sampled_value(units: Units) -> Tensor:
+    """CHTs: what stays is a sample in proportion to |value|^(1 + 2 progress), more and more the largest."""
+    return policy.sampled(units.value ** (1.0 + 2.0 * units.change.progress), (*units.change.key, 0))
+
+
+def by_sampled_links(units: Units) -> Tensor:
+    """CHTs: what grows is a sample in proportion to the score."""
+    return policy.sampled(by_links(units), (*units.change.key, 1))
+
+
 def by_neurons(units: Units) -> Tensor:
     """`srigl.choose`, with a group as a neuron."""
     value, gradient, active = (t.view(units.groups, -1) for t in (units.value, units.gradient, units.active))
@@ -137,6 +148,7 @@ METHODS = {
     "rigl": Method(by_value, by_gradient, measures=True),
     "mest": Method(by_value_and_gradient, None, measures=True),
     "cht": Method(by_value, by_links, measures=False, patterns=("unstructured",)),
+    "chts": Method(by_sampled_value, by_sampled_links, measures=False, patterns=("unstructured",)),
     "srigl": Method(by_value, by_gradient, measures=True, patterns=("constant_fan_in",), choose=by_neurons),
     "chase": Method(by_value, by_gradient, measures=True, patterns=("unstructured",), choose=by_channels),
     "dynadiag": Method(by_alpha_among_the_smallest, by_alpha, measures=True, gated=True),

@@ -29,7 +29,7 @@ def test_defaults_and_numbers(base: Job) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("method: rigl", "method: rigle", "job.yaml:6 topology.method: 'rigle' is unknown; did you mean 'rigl'? (choose one of static, set, rigl, mest, cht, srigl, chase, dynadiag)"),
+        ("method: rigl", "method: rigle", "job.yaml:6 topology.method: 'rigle' is unknown; did you mean 'rigl'? (choose one of static, set, rigl, mest, cht, chts, srigl, chase, dynadiag)"),
         ("method: rigl", "metod: rigl", "job.yaml:6 topology.metod: unknown key; did you mean 'method'? (allowed: method, update, drop_fraction, grow_signal, gradient_weight, gamma_sal, channel_sparsity, explore, alpha_lr, temperature)"),
         ("sparsity: 0.9", "sparsity: 1.0", "job.yaml:5 sparsity.rules.0.sparsity: input should be less than 1, got 1.0"),
         ("sparsity: 0.9", "sparsity: -0.1", "job.yaml:5 sparsity.rules.0.sparsity: input should be greater than or equal to 0, got -0.1"),

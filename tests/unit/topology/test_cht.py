@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dst_train.sparse import sparsify
-from dst_train.topology import Topology, cht
+from dst_train.topology import Topology, cht, policy
 
 
 def test_two_paths_by_hand() -> None:
@@ -43,19 +43,26 @@ def test_equals_an_enumeration_of_paths() -> None:
             assert float(scores[r, c]) == pytest.approx(expected, abs=21 * 2**-33)
 
 
-def test_grows_the_highest_scores_of_what_is_left_after_the_drop() -> None:
+@pytest.mark.parametrize("method", ["cht", "chts"])
+def test_drops_by_value_and_grows_by_the_scores_of_what_is_left(method: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 9))
     sparsify(model, [{"match": "0", "sparsity": 0.7, "pattern": "unstructured"}])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    topology = Topology(model, method="cht", every=1, total_steps=10).bind(optimizer)
-    before = model[0].mask.clone()
-    value = model[0].weight.detach().abs().masked_fill(~before, torch.inf).flatten()
-    update = topology.step()
-    (change,) = update.layers
-    assert change.dropped == tuple(sorted(value.argsort()[: len(change.dropped)].tolist()))
-    left = before.flatten().clone()
+    topology = Topology(model, method=method, every=1, total_steps=10, until=1.0, seed=5).bind(optimizer)
+    before = model[0].mask.clone().flatten()
+    value = model[0].weight.detach().abs().double().flatten()
+    (change,) = topology.step().layers
+    if method == "chts":
+        # Step 1 of 10: |value|^(1 + 2 / 10).
+        value = policy.sampled(value**1.2, (5, 0, 0, 0))
+    order = value.masked_fill(~before, torch.inf).argsort()
+    assert change.dropped == tuple(sorted(order[: len(change.dropped)].tolist()))
+    left = before.clone()
     left[list(change.dropped)] = False
-    wish = cht.scores(left.view(9, 12)).flatten().masked_fill(before.flatten(), -1.0)
-    assert change.grown == tuple(sorted(wish.sort(descending=True, stable=True).indices[: len(change.grown)].tolist()))
+    wish = cht.scores(left.view(9, 12)).flatten()
+    if method == "chts":
+        wish = policy.sampled(wish, (5, 0, 0, 1))
+    order = wish.masked_fill(before, -1.0).sort(descending=True, stable=True).indices
+    assert change.grown == tuple(sorted(order[: len(change.grown)].tolist()))
     assert len(change.grown) == len(change.dropped) > 0

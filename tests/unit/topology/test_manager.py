@@ -249,7 +249,10 @@ def test_evaluation_between_steps_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"method": "magic"}, "method='magic': choose one of static, set, rigl, mest, cht, srigl, chase, dynadiag"),
+        (
+            {"method": "magic"},
+            "method='magic': choose one of static, set, rigl, mest, cht, chts, srigl, chase, dynadiag",
+        ),
         ({"grow_signal": "loud"}, "grow_signal='loud'"),
         ({"every": 0}, "every=0: must be at least 1"),
         ({"accumulation": 0}, "accumulation=0"),
