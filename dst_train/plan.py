@@ -66,7 +66,7 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     sample = data.example_input(job.data.train)
     dense_flops = _flops(model, sample)
     try:
-        report = sparsify_by(job, model)
+        report = sparsify_by(job, batch, model)
     except ValueError as error:
         raise JobError(f"sparsity: {error}") from error
     try:

@@ -9,7 +9,7 @@ from dst_train.sparse import SparsityReport, sparsify
 from dst_train.topology import Topology
 
 
-def sparsify_by(job: Job, model: nn.Module) -> SparsityReport:
+def sparsify_by(job: Job, plan: BatchPlan, model: nn.Module) -> SparsityReport:
     """Make the layers sparse that the job says; a report without layers when it says none. ValueError as `sparsify`."""
     if job.sparsity is None:
         parameters = sum(p.numel() for p in model.parameters())
@@ -21,6 +21,7 @@ def sparsify_by(job: Job, model: nn.Module) -> SparsityReport:
         seed=job.seed,
         explore=job.topology.explore_factor,
         gate=job.topology.gate,
+        accumulation=plan.accumulation,
     )
 
 
@@ -36,6 +37,8 @@ def topology_of(job: Job, plan: BatchPlan, model: nn.Module) -> Topology:
         grow_signal=job.topology.grow_signal,
         gradient_weight=job.topology.gradient_weight,
         cold_start=job.topology.cold_start,
+        gamma_sal=job.topology.gamma_sal,
+        channel_sparsity=job.topology.channel_sparsity,
         temperature=(job.topology.temperature.start, job.topology.temperature.end),
         seed=job.seed,
         accumulation=plan.accumulation,

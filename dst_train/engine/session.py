@@ -63,7 +63,7 @@ def close_session(session: Session) -> None:
 def build_session(job: Job, plan: BatchPlan) -> Session:
     """Model, sparse layers, optimiser, engine and topology of a job. Collective; the same on every rank."""
     model = models.build(job.model, seed=job.seed)
-    report = sparsify_by(job, model)
+    report = sparsify_by(job, plan, model)
     optimizer = build_optimizer(job, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=compile_config(job, plan))
     topology = topology_of(job, plan, engine.module).bind(engine)

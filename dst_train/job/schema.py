@@ -55,14 +55,26 @@ Model = Annotated[TimmModel | TransformersModel | MLPModel, Field(discriminator=
 class Rule(Strict):
     match: str
     """Glob over module names, for example `blocks.*.mlp.fc*`. The last rule that matches a layer wins."""
-    pattern: Literal["diagonal", "unstructured", "constant_fan_in", "n_m", "block"] = "diagonal"
-    """All but `diagonal` are a dense weight and a mask: baselines for accuracy, not for speed."""
+    pattern: Literal[
+        "diagonal",
+        "unstructured",
+        "constant_fan_in",
+        "n_m",
+        "block",
+        "shuffled_block",
+        "tile_wise",
+        "sr_ste",
+        "butterfly",
+        "sdgp",
+    ] = "diagonal"
+    """All but `diagonal` are dense weights, most with a mask: baselines for accuracy, not for speed."""
     sparsity: Share | None
-    """Share of weights that are absent; null keeps the layer dense."""
+    """Share of weights that are absent (of `sdgp`, of the gradient's entries); null keeps the layer dense."""
     band: Positive = 1
     """Adjacent diagonals chosen as one unit; must divide max(in_features, out_features)."""
     size: Positive = 1
-    """Of `n_m`, adjacent entries of a row, N = (1 - sparsity) * size of which stay; of `block`, the side of a tile."""
+    """Of `n_m`, `sr_ste` and `sdgp`, adjacent entries of a row, N = (1 - sparsity) * size of which stay; of blocks, the side of a tile;
+    of `butterfly`, its shorter side; of `tile_wise`, adjacent outputs that share an input."""
 
 
 class Sparsity(Strict):
@@ -87,7 +99,7 @@ class Temperature(Strict):
 
 
 class Topology(Strict):
-    method: Literal["static", "set", "rigl", "mest", "dynadiag"] = "rigl"
+    method: Literal["static", "set", "rigl", "mest", "cht", "chts", "srigl", "chase", "dynadiag"] = "rigl"
     update: Update = Update()
     drop_fraction: Fraction = 0.3
     """Share of the active units replaced at the first update; decays to 0 by cosine."""
@@ -97,6 +109,10 @@ class Topology(Strict):
     """`mest` drops the units with the smallest mean of |value| + gradient_weight * |gradient|."""
     cold_start: Literal["mean", "zero"] = "mean"
     """Second moment of regrown units: the mean of the layer's surviving ones, or 0, with longer first steps."""
+    gamma_sal: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
+    """`srigl` ablates outputs with fewer than this share of their inputs salient; its paper has 0.95 for ViT. 0: none."""
+    channel_sparsity: Share = 0.5
+    """`chase` empties this share of the outputs by the last update; the other outputs get their weights."""
     explore: Explore | None = None
     """Active units at first, as a multiple of those that stay; shrinks to 1 by cosine over the first 40 % of `update.until`.
     By default 2 for `dynadiag`, 1 for others. `full`, for `dynadiag` only: the soft gate over all units of the paper's code."""

@@ -16,9 +16,10 @@ class SparseLayer(nn.Module, ABC):
 
     A pattern partitions the entries of the weight into `num_units` units of `unit_entries` entries, and the units into
     `num_groups` groups of equal size in order: unit u is in group u // (num_units / num_groups). All groups hold equally many
-    active units. A *slot* is a place of the stored parameter that holds one unit or none.
+    active units, but for those that a method empties (`srigl`). A *slot* is a place of the stored parameter that holds one unit or none.
 
     Attributes:
+        pattern: the name by which rules know it.
         num_start, num_final: active units at first, and when the topology is settled; all groups together.
         bias: Parameter [out_features] or None.
         alpha: Parameter [num_units], the learned importance of each unit, or None.
@@ -28,6 +29,7 @@ class SparseLayer(nn.Module, ABC):
 
     in_features: int
     out_features: int
+    pattern: str
     num_units: int
     num_groups: int = 1
     unit_entries: int

@@ -38,6 +38,7 @@ class DiagonalLinear(SparseLayer):
     """
 
     offsets: Tensor
+    pattern = "diagonal"
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dst_train.sparse.layer import Reduce, SparseLayer, count_active
 
-PATTERNS = ("unstructured", "constant_fan_in", "n_m", "block")
+PATTERNS = ("unstructured", "constant_fan_in", "n_m", "block", "shuffled_block", "tile_wise")
 
 
 class MaskedLinear(SparseLayer):
@@ -21,21 +21,27 @@ class MaskedLinear(SparseLayer):
         constant_fan_in: an entry; a row, so that every output has as many inputs (SRigL, arXiv 2305.02299).
         n_m: an entry; `size` adjacent entries of a row, N = (1 - sparsity) * size of which stay.
         block: a tile of size x size entries; all of the weight.
+        shuffled_block: as block, of a weight whose rows and columns are in a random order that does not change.
+        tile_wise: one input of `size` adjacent outputs; all of the weight (arXiv 2008.13006, section 4: what that paper prunes of
+            a tile after it has removed whole outputs, which this does not).
 
     Attributes:
         weight: Parameter [out_features, in_features]; zero where the mask is.
         mask: bool buffer [out_features, in_features].
+        rows, columns: of `shuffled_block`, int64 buffers with the place of each row and column in that order.
 
     Args:
-        size: of `n_m` and `block`; must divide in_features, for `block` also out_features.
+        size: of `n_m`, blocks and `tile_wise`; must divide in_features (not of `tile_wise`) and out_features (not of `n_m`).
         explore: active units at first, as a multiple of those that stay; inf for all.
-        generator: CPU generator that draws the first mask; the global one when None.
+        generator: CPU generator that draws the order and the first mask; the global one when None.
 
     Raises:
         ValueError: an unknown pattern, sparsity outside [0, 1), explore below 1, or a size that does not divide.
     """
 
     mask: Tensor
+    rows: Tensor
+    columns: Tensor
     _unit: Tensor
 
     def __init__(
@@ -59,12 +65,19 @@ class MaskedLinear(SparseLayer):
             raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
         if not explore >= 1.0:
             raise ValueError(f"explore={explore}: must be at least 1")
-        if size < 1 or in_features % size or (pattern == "block" and out_features % size):
-            raise ValueError(
-                f"size={size}: must divide in_features={in_features}, of blocks out_features={out_features}"
-            )
-        self.in_features, self.out_features, self.pattern = in_features, out_features, pattern
+        for key, features, unless in (
+            ("in_features", in_features, "tile_wise"),
+            ("out_features", out_features, "n_m"),
+        ):
+            if size < 1 or (pattern != unless and features % size):
+                raise ValueError(f"size={size}: must divide {key}={features}")
+        self.in_features, self.out_features, self.pattern, self._size = in_features, out_features, pattern, size
         unit, self.num_groups = _partition(pattern, out_features, in_features, size)
+        if pattern == "shuffled_block":
+            self.register_buffer("rows", torch.randperm(out_features, generator=generator).to(device))
+            self.register_buffer("columns", torch.randperm(in_features, generator=generator).to(device))
+            self.register_load_state_dict_post_hook(lambda module, _: module._take_order())
+            unit = self._shuffled()
         self.num_units = int(unit.max()) + 1
         self.unit_entries = unit.numel() // self.num_units
         in_group = self.num_units // self.num_groups
@@ -134,6 +147,13 @@ class MaskedLinear(SparseLayer):
     def to_dense(self) -> Tensor:
         return self.weight * self.mask
 
+    def _take_order(self) -> None:
+        self._unit.copy_(self._shuffled())
+
+    def _shuffled(self) -> Tensor:
+        unit, _ = _partition(self.pattern, self.out_features, self.in_features, self._size)
+        return unit[self.rows.cpu()][:, self.columns.cpu()]
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.pattern}, units={self.num_active}/{self.num_units}"
 
@@ -141,7 +161,9 @@ class MaskedLinear(SparseLayer):
 def _partition(pattern: str, m: int, n: int, size: int) -> tuple[Tensor, int]:
     """The unit of each entry, int64 [m, n], and the number of groups."""
     entries = torch.arange(m * n).view(m, n)
-    if pattern == "block":
+    if "block" in pattern:
         tile = torch.arange(m).div(size, rounding_mode="floor")[:, None] * (n // size)
         return tile + torch.arange(n).div(size, rounding_mode="floor"), 1
+    if pattern == "tile_wise":
+        return torch.arange(m).div(size, rounding_mode="floor")[:, None] * n + torch.arange(n), 1
     return entries, {"unstructured": 1, "constant_fan_in": m, "n_m": m * n // size}[pattern]

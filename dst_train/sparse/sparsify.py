@@ -13,17 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from dst_train.sparse.budget import densities
+from dst_train.sparse.butterfly import ButterflyLinear
 from dst_train.sparse.layer import SparseLayer
 from dst_train.sparse.linear import DiagonalLinear
 from dst_train.sparse.masked import PATTERNS, MaskedLinear
 from dst_train.sparse.report import LayerReport, SparsityReport
+from dst_train.sparse.sdgp import SdgpLinear
+from dst_train.sparse.sr_ste import SrSteLinear
 
 
 @dataclass(frozen=True)
 class SparsityRule:
     """`match`: glob over module names. `sparsity`: share of absent weights in [0, 1), or None to keep the layer dense.
 
-    `pattern`: `diagonal` (see `DiagonalLinear`, `band`) or one of `MaskedLinear`'s (`size`: of `n_m` and `block`).
+    `pattern`: `diagonal` (see `DiagonalLinear`, `band`), `sr_ste`, `butterfly` and `sdgp` (see
+    `SrSteLinear`, `ButterflyLinear` and `SdgpLinear`, `size`), or one of `MaskedLinear`'s (`size`:
+    of `n_m`, blocks and `tile_wise`).
     """
 
     match: str
@@ -31,6 +36,16 @@ class SparsityRule:
     pattern: str = "diagonal"
     band: int = 1
     size: int = 1
+
+
+_OWNERS = {
+    "band": ("diagonal",),
+    "size": ("n_m", "block", "shuffled_block", "tile_wise", "sr_ste", "butterfly", "sdgp"),
+}
+
+
+# What a topology does not see.
+_NotDynamic = SrSteLinear | ButterflyLinear | SdgpLinear
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ def sparsify(
     seed: int = 0,
     explore: float = 1.0,
     gate: str | None = None,
+    accumulation: int = 1,
 ) -> SparsityReport:
     """Replace `nn.Linear` (and Hugging Face `Conv1D`) modules of `model` in place.
 
@@ -67,15 +83,23 @@ def sparsify(
         seed: the first active units are a pure function of (seed, position of the layer in the model).
         explore: active units at first, as a multiple of those that stay (`Topology` shrinks them); inf for all.
         gate: of diagonal layers, see `DiagonalLinear`; `straight_through` for the method dynadiag.
+        accumulation: micro-batches per optimiser step; of `SrSteLinear`.
 
     Raises:
         ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
             divide a layer or does not belong to the pattern, a weight that two modules share, sparsity outside [0, 1),
-            explore below 1, an unknown gate, or a gate for a layer that is not diagonal.
+            explore below 1, an unknown gate, a gate for a layer that is not diagonal, or `sdgp` under another budget than
+            `uniform`.
     """
     parsed = [_parse(rule) for rule in rules]
     dense = _replaceable(model)
     chosen = _assign(parsed, dense, model)
+    for layer, rule in chosen:
+        if rule.pattern == "sdgp" and budget != "uniform":
+            raise ValueError(
+                f"layer {layer.name} (rule {rule.match!r}): pattern sdgp prunes gradients, not weights, and has no share in "
+                f"budget {budget!r}; use uniform"
+            )
     density = densities(
         budget,
         [(layer.weight.shape[0], layer.weight.shape[1]) for layer, _ in chosen],
@@ -84,7 +108,7 @@ def sparsify(
     dense_parameters = sum(p.numel() for p in model.parameters())
     built = []
     for i, ((layer, rule), share) in enumerate(zip(chosen, density, strict=True)):
-        built.append(_build(layer, rule, share, _layer_seed(seed, i), explore, gate))
+        built.append(_build(layer, rule, share, _layer_seed(seed, i), explore, gate, accumulation))
     for report, module in built:
         parent, _, child = report.name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
@@ -100,12 +124,12 @@ def _parse(rule: Any) -> SparsityRule:
         rule = SparsityRule(**rule)
     else:
         rule = SparsityRule(**{name: getattr(rule, name) for name in names})
-    known = ("diagonal", *PATTERNS)
+    known = ("diagonal", *PATTERNS, "sr_ste", "butterfly", "sdgp")
     if rule.pattern not in known:
         raise ValueError(f"rule {rule.match!r}: pattern {rule.pattern!r} is unknown; choose one of {', '.join(known)}")
-    for key, owners in (("band", ("diagonal",)), ("size", ("n_m", "block"))):
+    for key, owners in _OWNERS.items():
         if getattr(rule, key) != 1 and rule.pattern not in owners:
-            raise ValueError(f"rule {rule.match!r}: {key} belongs to {' and '.join(owners)}, not to {rule.pattern}")
+            raise ValueError(f"rule {rule.match!r}: {key} belongs to {', '.join(owners)}, not to {rule.pattern}")
     if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:
         raise ValueError(f"rule {rule.match!r}: sparsity {rule.sparsity} must be in [0, 1), or null to stay dense")
     return rule
@@ -145,12 +169,18 @@ def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Modul
 
 
 def _build(
-    layer: _Dense, rule: SparsityRule, density: float, seed: int, explore: float, gate: str | None
-) -> tuple[LayerReport, SparseLayer]:
+    layer: _Dense,
+    rule: SparsityRule,
+    density: float,
+    seed: int,
+    explore: float,
+    gate: str | None,
+    accumulation: int,
+) -> tuple[LayerReport, SparseLayer | _NotDynamic]:
     try:
         # The constructor's own draw from the global generator is overwritten below: leave no trace of it.
         with torch.random.fork_rng(devices=[]):
-            module = _module(layer, rule, density, seed, explore, gate)
+            module = _module(layer, rule, density, seed, explore, gate, accumulation)
     except ValueError as error:
         raise ValueError(f"layer {layer.name} (rule {rule.match!r}): {error}") from error
     module.load_dense_init(layer.weight, layer.bias)
@@ -170,22 +200,34 @@ def _build(
 
 
 def _module(
-    layer: _Dense, rule: SparsityRule, density: float, seed: int, explore: float, gate: str | None
-) -> DiagonalLinear | MaskedLinear:
+    layer: _Dense,
+    rule: SparsityRule,
+    density: float,
+    seed: int,
+    explore: float,
+    gate: str | None,
+    accumulation: int,
+) -> DiagonalLinear | MaskedLinear | _NotDynamic:
     out_features, in_features = layer.weight.shape
     shared: dict[str, Any] = {
         "sparsity": max(0.0, 1.0 - density),
         "bias": layer.bias is not None,
-        "explore": explore,
-        "generator": torch.Generator().manual_seed(seed),
         "device": layer.weight.device,
         "dtype": layer.weight.dtype,
     }
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Any] = {"explore": explore, "generator": generator, **shared}
     if rule.pattern == "diagonal":
-        return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, **shared)
+        return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, **drawn)
     if gate is not None:
         raise ValueError(f"gate={gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
-    return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **shared)
+    if rule.pattern == "sr_ste":
+        return SrSteLinear(in_features, out_features, size=rule.size, accumulation=accumulation, **shared)
+    if rule.pattern == "butterfly":
+        return ButterflyLinear(in_features, out_features, size=rule.size, generator=generator, **shared)
+    if rule.pattern == "sdgp":
+        return SdgpLinear(in_features, out_features, size=rule.size, **shared)
+    return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **drawn)
 
 
 def _layer_seed(seed: int, index: int) -> int:

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dst_train.sparse import SparseLayer, sparse_layers
-from dst_train.topology import policy, telemetry
+from dst_train.topology import chase, policy, telemetry
 from dst_train.topology.editor import ParameterEditor, editor_for
 from dst_train.topology.growth import GrowthSignal
-from dst_train.topology.methods import METHODS, SOFT
+from dst_train.topology.methods import METHODS, SOFT, Change
 from dst_train.topology.ranks import Ranks
-from dst_train.topology.update import Change, TopologyUpdate, change_layer, describe, gather
+from dst_train.topology.update import TopologyUpdate, change_layer, describe, gather
 
 GROW_SIGNALS = ("exact", "local")
 COLD_STARTS = ("mean", "zero")
@@ -31,7 +31,8 @@ class Topology:
         method: `static` (no updates), `set` (Mocanu et al. 2018): drops the smallest mean |value|, grows at random; `rigl`
             (Evci et al. 2020): grows the largest gradient; `mest` (Yuan et al. 2021, arXiv 2110.14032): drops the smallest
             |value| + gradient_weight * |gradient|, grows at random (its released code has a gradient_weight of 0 by
-            default, which is `set`); `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
+            default, which is `set`); `cht` and `chts` (arXiv 2501.19107), `srigl` (arXiv 2305.02299), `chase` (arXiv 2305.19454): see their
+            modules; `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
             needs `sparsify(..., gate="straight_through")`, or `gate="soft", explore=inf` for the paper's released code.
         total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
         drop_fraction: share of the active units replaced at first, decayed by cosine.
@@ -39,13 +40,15 @@ class Topology:
         gradient_weight: of `mest`, at least 0.
         cold_start: second moment of regrown units. `mean`: of the layer's surviving units. `zero`: Adam's step counter is
             shared, so that their first steps are up to three times as long (SMET, arXiv 2606.00888).
+        gamma_sal: of `srigl`, in [0, 1]; 0 switches ablation off.
+        channel_sparsity: of `chase`, the share of outputs without any weight after the last update, in [0, 1).
         temperature: (start, end) of the soft gate, by cosine until `until * total_steps`.
         seed: random growth is a pure function of (seed, layer, update number).
         accumulation: micro-batches (backward passes) per optimiser step.
 
     Raises:
         ValueError: an argument out of range, a model without sparse layers (unless static), layers whose gates do not fit
-            the method, or more units than are to stay when there is no update to drop them.
+            the method, a pattern that the method is not for, or more units than are to stay when there is no update to drop them.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class Topology:
         grow_signal: str = "exact",
         gradient_weight: float = 1.0,
         cold_start: str = "mean",
+        gamma_sal: float = 0.3,
+        channel_sparsity: float = 0.5,
         temperature: tuple[float, float] = (5.0, 0.05),
         seed: int = 0,
         accumulation: int = 1,
@@ -78,17 +83,26 @@ class Topology:
                 raise ValueError(f"{name}={share}: must be in (0, 1]")
         if not gradient_weight >= 0.0:
             raise ValueError(f"gradient_weight={gradient_weight}: must be at least 0")
+        if not 0.0 <= gamma_sal <= 1.0:
+            raise ValueError(f"gamma_sal={gamma_sal}: must be in [0, 1]")
+        if not 0.0 <= channel_sparsity < 1.0:
+            raise ValueError(f"channel_sparsity={channel_sparsity}: must be in [0, 1)")
         if not min(temperature) > 0.0:
             raise ValueError(f"temperature={temperature}: both must be above 0")
         self.layers: dict[str, SparseLayer] = sparse_layers(model)
         if not self.layers and method != "static":
-            raise ValueError("the model has no sparse layers; call sparsify() first, or use method='static'")
+            raise ValueError(
+                "the model has no sparse layers; call sparsify() first, or use method='static' "
+                "(also for the patterns sr_ste, butterfly and sdgp alone, which have no topology to update)"
+            )
         self.method = method
         self.every = every
         self.last_step = int(until * total_steps)
         self.drop_fraction = drop_fraction
         self.gradient_weight = gradient_weight
         self.cold_start = cold_start
+        self.gamma_sal = gamma_sal
+        self.channel_sparsity = channel_sparsity
         self.temperature = temperature
         self.seed = seed
         self.steps = 0
@@ -177,7 +191,13 @@ class Topology:
 
     def _check_layers(self) -> None:
         gated = self.method == "dynadiag"
+        patterns = self._method.patterns if self._method is not None else ()
         for name, layer in self.layers.items():
+            if patterns and layer.pattern not in patterns:
+                raise ValueError(
+                    f"layer {name} has pattern={layer.pattern!r} and method={self.method!r} is for {', '.join(patterns)}; "
+                    "change the layer's rule, or the method"
+                )
             if gated != (layer.gate is not None):
                 needs = "needs" if gated else "does not take"
                 raise ValueError(
@@ -237,5 +257,18 @@ class Topology:
             keep = final if last else policy.active_count(start, final, self.steps, self.last_step)
             absent = (layer.num_units - layer.num_active) // layer.num_groups
             grow = min(round(fraction * keep), absent)
+        progress = 1.0 if last else self.steps / self.last_step
+        empty = chase.removed_rows(self.channel_sparsity, layer.out_features, progress)
         key = (self.seed, index, self.updates)
-        return Change(self._method, grow, keep, self.gradient_weight, self.cold_start, key)
+        return Change(
+            self._method,
+            grow,
+            keep,
+            fraction,
+            progress,
+            self.gradient_weight,
+            self.gamma_sal,
+            empty,
+            self.cold_start,
+            key,
+        )

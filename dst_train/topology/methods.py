@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dst_train.topology import policy
+from dst_train.topology import chase, cht, policy, srigl
 
 # dynadiag: units that compete for their place, as a multiple of those dropped.
 POOL = 2.0
@@ -17,21 +17,41 @@ SIGNAL_SHARE = 0.3
 
 
 @dataclass(frozen=True)
+class Change:
+    """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards. fraction:
+    the share that changes. progress: share of the updates' time that is over. gradient_weight, gamma_sal: of the methods that
+    have them. empty: outputs to be without any weight. cold_start: second moment of what grows, `mean` of the survivors or `zero`.
+    key: (seed, layer, update), for random choices."""
+
+    method: Method
+    grow: int
+    keep: int
+    fraction: float
+    progress: float
+    gradient_weight: float
+    gamma_sal: float
+    empty: int
+    cold_start: str
+    key: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Units:
     """What an update knows of a layer's units; tensors [num_units] in float64 on the CPU, equal on all ranks.
 
     active: bool. value: mean |value|, 0 of absent units. gradient: mean |gradient|, 0 where the method does not measure.
-    alpha: learned importance, already `blended`; zeros without a gate. drop: how many will be dropped. weight: the job's
-    gradient_weight. key: (seed, layer, update), for random choices.
+    alpha: learned importance, already `blended`; zeros without a gate. groups: see `SparseLayer`. shape: of the weight. drop:
+    how many of a group will be dropped.
     """
 
     active: Tensor
     value: Tensor
     gradient: Tensor
     alpha: Tensor
+    groups: int
+    shape: tuple[int, int]
     drop: int
-    weight: float
-    key: tuple[int, int, int]
+    change: Change
 
 
 Score = Callable[[Units], Tensor]
@@ -39,15 +59,19 @@ Score = Callable[[Units], Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """drop: the active units with the lowest score go. grow: the absent units with the highest score come; None: at random.
+    """drop: the active units with the lowest score go. grow: of the units absent before, those with the highest score come, where
+    `active` is what the drop left; None: at random.
 
-    measures: whether the scores need the gradient of all units. gated: whether they need alpha.
+    measures: whether the scores need the gradient of all units. gated: whether they need alpha. patterns: what it is for;
+    none named: any. choose: in place of drop and grow, all units that are active afterwards, bool [num_units].
     """
 
     drop: Score
     grow: Score | None
     measures: bool
     gated: bool = False
+    patterns: tuple[str, ...] = ()
+    choose: Score | None = None
 
 
 def by_value(units: Units) -> Tensor:
@@ -60,7 +84,37 @@ def by_gradient(units: Units) -> Tensor:
 
 def by_value_and_gradient(units: Units) -> Tensor:
     """MEST, Yuan et al. 2021, arXiv 2110.14032, section 3: |value| + weight * |gradient|, here the means over a unit."""
-    return units.value + units.weight * units.gradient
+    return units.value + units.change.gradient_weight * units.gradient
+
+
+def by_links(units: Units) -> Tensor:
+    """`cht.scores`, with a unit as a link."""
+    return cht.scores(units.active.view(units.shape)).flatten()
+
+
+def by_sampled_value(units: Units) -> Tensor:
+    """CHTs: what stays is a sample in proportion to |value|^(1 + 2 progress), more and more the largest."""
+    return policy.sampled(units.value ** (1.0 + 2.0 * units.change.progress), (*units.change.key, 0))
+
+
+def by_sampled_links(units: Units) -> Tensor:
+    """CHTs: what grows is a sample in proportion to the score."""
+    return policy.sampled(by_links(units), (*units.change.key, 1))
+
+
+def by_neurons(units: Units) -> Tensor:
+    """`srigl.choose`, with a group as a neuron."""
+    value, gradient, active = (t.view(units.groups, -1) for t in (units.value, units.gradient, units.active))
+    keep, fraction = units.change.keep, units.change.fraction
+    after = srigl.choose(value, gradient, active, fan_in=keep, fraction=fraction, gamma_sal=units.change.gamma_sal)
+    return after.flatten()
+
+
+def by_channels(units: Units) -> Tensor:
+    """`chase.choose`."""
+    value, gradient, active = (t.view(units.shape) for t in (units.value, units.gradient, units.active))
+    keep, fraction = units.change.keep, units.change.fraction
+    return chase.choose(value, gradient, active, keep=keep, fraction=fraction, removed=units.change.empty).flatten()
 
 
 def by_alpha(units: Units) -> Tensor:
@@ -95,6 +149,10 @@ METHODS = {
     "set": Method(by_value, None, measures=False),
     "rigl": Method(by_value, by_gradient, measures=True),
     "mest": Method(by_value_and_gradient, None, measures=True),
+    "cht": Method(by_value, by_links, measures=False, patterns=("unstructured",)),
+    "chts": Method(by_sampled_value, by_sampled_links, measures=False, patterns=("unstructured",)),
+    "srigl": Method(by_value, by_gradient, measures=True, patterns=("constant_fan_in",), choose=by_neurons),
+    "chase": Method(by_value, by_gradient, measures=True, patterns=("unstructured",), choose=by_channels),
     "dynadiag": Method(by_alpha_among_the_smallest, by_alpha, measures=True, gated=True),
 }
 # The soft gate of the paper's released code: all units compete by alpha alone until the topology settles.

@@ -37,6 +37,15 @@ def random_scores(num_units: int, key: tuple[int, ...]) -> Tensor:
     return torch.rand(num_units, generator=generator, dtype=torch.float64)
 
 
+def sampled(weight: Tensor, key: tuple[int, ...]) -> Tensor:
+    """Scores whose highest are a sample without replacement in proportion to weight [n], float64, drawn by the key alone.
+
+    Those of weight 0 come last, at random among themselves. (An exponential race: Efraimidis and Spirakis 2006.)
+    """
+    time = -torch.log1p(-random_scores(weight.numel(), key))
+    return weight.clamp(min=1e-30) / time.clamp(min=1e-30)
+
+
 def lowest(scores: Tensor, among: Tensor, count: int, groups: int = 1) -> tuple[Tensor, float | None]:
     """The `count` units of each group with the lowest scores, and how clear the cut was; equal scores go to the lower unit.
 

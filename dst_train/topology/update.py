@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dst_train.sparse import DiagonalLinear, SparseLayer
+from dst_train.sparse import DiagonalLinear, MaskedLinear, SparseLayer
 from dst_train.topology import methods, policy, telemetry
 from dst_train.topology.editor import ParameterEditor
-from dst_train.topology.methods import Method, Units
+from dst_train.topology.methods import Change, Units
 from dst_train.topology.ranks import Ranks
 
 
@@ -20,7 +20,7 @@ class LayerUpdate:
     """What one update did to one layer; unit numbers, ascending.
 
     mean_age: optimiser steps that the active units have been there. explored: share of all units that ever were. uncovered:
-    outputs (of a tall layer) or inputs (of a wide one) without any weight. drop_margin, grow_margin: how clear the cut between
+    outputs (of a tall or masked layer) or inputs (of a wide one) without any weight. drop_margin, grow_margin: how clear the cut between
     dropped and kept, grown and absent units was, as a share of the larger score; None where there was no choice by score.
     gates: by which alpha weighs the active units after the update, effective_units: (sum of them)^2 / sum of their squares,
     temperature: of the soft gate; None without them.
@@ -104,21 +104,6 @@ def gather(
 
 
 @dataclass(frozen=True)
-class Change:
-    """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards.
-
-    cold_start: what regrown units get as second moment, `mean` of the survivors or `zero`.
-    """
-
-    method: Method
-    grow: int
-    keep: int
-    gradient_weight: float
-    cold_start: str
-    key: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
 class Changed:
     """What happened to one layer. dropped, grown: units, int64, ascending. alpha: [num_units] afterwards."""
 
@@ -138,11 +123,9 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
     value[held[held >= 0]] = scores.value[held >= 0]
     alpha = methods.blended(scores.alpha, scores.gradient, active) if change.method.gated else scores.alpha
     drop = change.grow + int(active.sum()) // layer.num_groups - change.keep
-    units = Units(active, value, scores.gradient, alpha, drop, change.gradient_weight, change.key)
-    dropped, drop_margin = policy.lowest(change.method.drop(units), active, drop, layer.num_groups)
-    wish = change.method.grow(units) if change.method.grow else policy.random_scores(layer.num_units, change.key)
-    grown, grow_margin = policy.highest(wish, ~active, change.grow, layer.num_groups)
-    dropped, grown = dropped.sort().values, grown.sort().values
+    shape = (layer.out_features, layer.in_features)
+    units = Units(active, value, scores.gradient, alpha, layer.num_groups, shape, drop, change)
+    dropped, grown, drop_margin, grow_margin = _choose(units)
     kept = active.clone()
     kept[dropped] = False
     if dropped.numel() or grown.numel():
@@ -155,7 +138,21 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
         alpha[grown] = alpha[kept].mean()
         others = torch.nonzero(~kept).flatten()
         editor.write(layer.alpha, others, alpha[others], float(scores.alpha_second_moment[kept].mean()))
-    return Changed(dropped, grown, drop_margin, grow_margin if change.method.grow else None, alpha)
+    return Changed(dropped, grown, drop_margin, grow_margin, alpha)
+
+
+def _choose(units: Units) -> tuple[Tensor, Tensor, float | None, float | None]:
+    """Units dropped and grown, ascending, and how clear the cuts were."""
+    change, active = units.change, units.active
+    method = change.method
+    if method.choose is not None:
+        after = method.choose(units)
+        return torch.nonzero(active & ~after).flatten(), torch.nonzero(after & ~active).flatten(), None, None
+    dropped, drop_margin = policy.lowest(method.drop(units), active, units.drop, units.groups)
+    left = replace(units, active=active.index_fill(0, dropped, False))
+    wish = method.grow(left) if method.grow else policy.random_scores(active.numel(), change.key)
+    grown, grow_margin = policy.highest(wish, ~active, change.grow, units.groups)
+    return dropped.sort().values, grown.sort().values, drop_margin, grow_margin if method.grow else None
 
 
 def describe(name: str, layer: SparseLayer, changed: Changed, history: telemetry.History, step: int) -> LayerUpdate:
@@ -166,6 +163,8 @@ def describe(name: str, layer: SparseLayer, changed: Changed, history: telemetry
     uncovered = None
     if isinstance(layer, DiagonalLinear):
         uncovered = telemetry.uncovered(active, layer.band, *sorted((layer.in_features, layer.out_features)))
+    elif isinstance(layer, MaskedLinear):
+        uncovered = layer.out_features - int(layer.mask.any(1).sum())
     return LayerUpdate(
         name,
         layer.num_units,

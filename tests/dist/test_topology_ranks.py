@@ -25,11 +25,12 @@ def _train(method: str, grow_signal: str = "exact", pattern: str = "diagonal", t
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 8))
     more = {"explore": 2.0, "gate": "straight_through"} if method == "dynadiag" else {}
+    kwargs = {"gamma_sal": 1.0} if method == "srigl" else {}  # so that there is something to ablate
     sparsify(model, [{"match": "[02]", "sparsity": 0.8, "pattern": pattern}], **more)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     accumulation = GLOBAL_BATCH // (MICRO_BATCH * world_size)
     topology = Topology(
-        model, method=method, every=2, total_steps=100, grow_signal=grow_signal, accumulation=accumulation
+        model, method=method, every=2, total_steps=100, grow_signal=grow_signal, accumulation=accumulation, **kwargs
     ).bind(optimizer)
     data = torch.Generator().manual_seed(7)
     history: list[list[list[int]]] = []
@@ -59,6 +60,8 @@ CASES = [
     ("dynadiag", "exact", "diagonal"),
     ("rigl", "exact", "unstructured"),
     ("rigl", "exact", "constant_fan_in"),
+    ("srigl", "exact", "constant_fan_in"),
+    ("chase", "exact", "unstructured"),
 ]
 Case = tuple[str, str, str]
 

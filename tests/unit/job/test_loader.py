@@ -29,12 +29,12 @@ def test_defaults_and_numbers(base: Job) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("method: rigl", "method: rigle", "job.yaml:6 topology.method: 'rigle' is unknown; did you mean 'rigl'? (choose one of static, set, rigl, mest, dynadiag)"),
-        ("method: rigl", "metod: rigl", "job.yaml:6 topology.metod: unknown key; did you mean 'method'? (allowed: method, update, drop_fraction, grow_signal, gradient_weight, cold_start, explore, alpha_lr, temperature)"),
+        ("method: rigl", "method: rigle", "job.yaml:6 topology.method: 'rigle' is unknown; did you mean 'rigl'? (choose one of static, set, rigl, mest, cht, chts, srigl, chase, dynadiag)"),
+        ("method: rigl", "metod: rigl", "job.yaml:6 topology.metod: unknown key; did you mean 'method'? (allowed: method, update, drop_fraction, grow_signal, gradient_weight, cold_start, gamma_sal, channel_sparsity, explore, alpha_lr, temperature)"),
         ("sparsity: 0.9", "sparsity: 1.0", "job.yaml:5 sparsity.rules.0.sparsity: input should be less than 1, got 1.0"),
         ("sparsity: 0.9", "sparsity: -0.1", "job.yaml:5 sparsity.rules.0.sparsity: input should be greater than or equal to 0, got -0.1"),
         ("sparsity: 0.9", "sparsity: 0.9, bnd: 2", "job.yaml:5 sparsity.rules.0.bnd: unknown key; did you mean 'band'? (allowed: match, pattern, sparsity, band, size)"),
-        ("sparsity: 0.9", "sparsity: 0.9, pattern: blok", "job.yaml:5 sparsity.rules.0.pattern: 'blok' is unknown; did you mean 'block'? (choose one of diagonal, unstructured, constant_fan_in, n_m, block)"),
+        ("sparsity: 0.9", "sparsity: 0.9, pattern: blok", "job.yaml:5 sparsity.rules.0.pattern: 'blok' is unknown; did you mean 'block'? (choose one of diagonal, unstructured, constant_fan_in, n_m, block, shuffled_block, tile_wise, sr_ste, butterfly, sdgp)"),
         ("samples: 1000", "samples: many", "job.yaml:8 data.train.samples: input should be a valid integer, got 'many'"),
         ("samples: 1000", "samples: 10.5", "job.yaml:8 data.train.samples: input should be a valid integer, got 10.5"),
         ("  epochs: 2\n", "", "job.yaml:9 train: give exactly one of epochs and steps, got epochs=None, steps=None"),

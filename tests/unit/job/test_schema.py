@@ -41,6 +41,8 @@ KEYS = [
     "topology.grow_signal",
     "topology.gradient_weight",
     "topology.cold_start",
+    "topology.gamma_sal",
+    "topology.channel_sparsity",
     "topology.explore",
     "topology.alpha_lr",
     "topology.temperature.start",

@@ -21,13 +21,22 @@ def test_masks_have_the_form_of_their_pattern() -> None:
     assert _layer("unstructured").mask.sum() == 24
     assert _layer("constant_fan_in").mask.sum(1).tolist() == [2] * 12
     assert (_layer("n_m", size=4).mask.view(24, 4).sum(1) == 1).all()
+    wise = _layer("tile_wise", size=3).mask
+    assert wise.sum() == 24
+    assert torch.equal(wise[::3].repeat_interleave(3, 0), wise)
     tiles = _layer("block", size=4, sparsity=0.5).mask.view(3, 4, 2, 4).float().mean((1, 3))
     assert sorted(tiles.flatten().tolist()) == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("pattern", "size", "units", "groups", "entries"),
-    [("unstructured", 1, 96, 1, 1), ("constant_fan_in", 1, 96, 12, 1), ("n_m", 4, 96, 24, 1), ("block", 2, 24, 1, 4)],
+    [
+        ("unstructured", 1, 96, 1, 1),
+        ("constant_fan_in", 1, 96, 12, 1),
+        ("n_m", 4, 96, 24, 1),
+        ("block", 2, 24, 1, 4),
+        ("tile_wise", 3, 32, 1, 3),
+    ],
 )
 def test_units_partition_the_weight(pattern: str, size: int, units: int, groups: int, entries: int) -> None:
     layer = _layer(pattern, size=size)
@@ -41,7 +50,7 @@ def test_units_partition_the_weight(pattern: str, size: int, units: int, groups:
         assert torch.equal(slots // (units // groups), torch.arange(96) // (96 // groups))
 
 
-@pytest.mark.parametrize(("pattern", "size"), [("unstructured", 1), ("n_m", 4), ("block", 2)])
+@pytest.mark.parametrize(("pattern", "size"), [("unstructured", 1), ("n_m", 4), ("block", 2), ("tile_wise", 3)])
 def test_replace_moves_whole_units(pattern: str, size: int) -> None:
     layer = _layer(pattern, size=size)
     before = layer.units()
@@ -57,6 +66,24 @@ def test_replace_moves_whole_units(pattern: str, size: int) -> None:
     expected = torch.zeros(96, dtype=torch.bool)
     expected[layer.elements(after[after >= 0])] = True
     assert torch.equal(layer.mask.flatten(), expected)
+
+
+def test_shuffled_blocks_are_blocks_in_another_order_that_a_checkpoint_carries() -> None:
+    layer = _layer("shuffled_block", size=2, sparsity=0.5)
+    rows, columns = layer.rows.argsort(), layer.columns.argsort()
+    assert rows.tolist() != list(range(12))
+    tiles = layer.mask[rows][:, columns].view(6, 2, 4, 2).float().mean((1, 3)).flatten()
+    assert sorted(tiles.tolist()) == [0.0] * 12 + [1.0] * 12
+    assert torch.equal(tiles.bool(), layer.units() >= 0)
+    elements = layer.elements(torch.tensor([3]))
+    assert layer.slot_of(elements).tolist() == [3] * 4
+    at = {(layer.rows[e // 8].item() // 2, layer.columns[e % 8].item() // 2) for e in elements.tolist()}
+    assert at == {(0, 3)}
+    other = MaskedLinear(8, 12, pattern="shuffled_block", sparsity=0.5, size=2)
+    assert not torch.equal(other.rows, layer.rows)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.units(), layer.units())
+    assert torch.equal(other.slot_of(torch.arange(96)), layer.slot_of(torch.arange(96)))
 
 
 def test_forward_gradient_and_scores() -> None:
@@ -97,7 +124,8 @@ def test_explore_starts_with_more_units_in_every_group() -> None:
         ({"pattern": "unstructured", "sparsity": 1.0}, r"sparsity=1.0: must be in \[0, 1\)"),
         ({"pattern": "unstructured", "explore": 0.0}, "explore=0.0: must be at least 1"),
         ({"pattern": "n_m", "size": 3}, "size=3: must divide in_features=8"),
-        ({"pattern": "block", "size": 8}, "size=8: must divide in_features=8, of blocks out_features=12"),
+        ({"pattern": "tile_wise", "size": 8}, "size=8: must divide out_features=12"),
+        ({"pattern": "block", "size": 8}, "size=8: must divide out_features=12"),
     ],
 )
 def test_bad_arguments_are_named(kwargs: dict, message: str) -> None:

@@ -109,7 +109,11 @@ def _tied() -> nn.Module:
             {"match": "head", "sparsity": 0.9, "pattern": "block", "band": 2},
             "band belongs to diagonal, not to block",
         ),
-        (Net, {"match": "head", "sparsity": 0.9, "size": 2}, "size belongs to n_m and block, not to diagonal"),
+        (
+            Net,
+            {"match": "head", "sparsity": 0.9, "size": 2},
+            "size belongs to n_m, block, shuffled_block, tile_wise, sr_ste, butterfly, sdgp, not to diagonal",
+        ),
         (Net, {"match": "head", "sparsity": 0.9, "pattern": "block", "size": 3}, r"layer head .*size=3: must divide"),
         (Net, {"match": "head", "sparsity": 0.9, "bands": 1}, "knows only match, sparsity, pattern, band, size"),
         (Net, {"match": "head"}, "needs match and sparsity"),

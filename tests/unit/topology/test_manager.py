@@ -258,7 +258,10 @@ def test_evaluation_between_steps_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"method": "magic"}, "method='magic': choose one of static, set, rigl, mest, dynadiag"),
+        (
+            {"method": "magic"},
+            "method='magic': choose one of static, set, rigl, mest, cht, chts, srigl, chase, dynadiag",
+        ),
         ({"grow_signal": "loud"}, "grow_signal='loud'"),
         ({"cold_start": "warm"}, "cold_start='warm': choose one of mean, zero"),
         ({"every": 0}, "every=0: must be at least 1"),
@@ -267,6 +270,12 @@ def test_evaluation_between_steps_does_not_count() -> None:
         ({"until": 1.5}, r"until=1.5: must be in \(0, 1\]"),
         ({"drop_fraction": 0.0}, "drop_fraction=0.0"),
         ({"gradient_weight": -1.0}, "gradient_weight=-1.0: must be at least 0"),
+        ({"gamma_sal": 1.5}, r"gamma_sal=1.5: must be in \[0, 1\]"),
+        ({"channel_sparsity": 1.0}, r"channel_sparsity=1.0: must be in \[0, 1\)"),
+        (
+            {"method": "srigl"},
+            "layer 0 has pattern='diagonal' and method='srigl' is for constant_fan_in; change the layer's",
+        ),
         ({"gradient_weight": float("nan")}, "gradient_weight=nan: must be at least 0"),
     ],
 )

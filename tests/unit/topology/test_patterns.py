@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from dst_train.sparse import MaskedLinear, sparsify
 from dst_train.topology import Topology
 
-PATTERNS = [("unstructured", 1), ("constant_fan_in", 1), ("n_m", 4), ("block", 4)]
+PATTERNS = [
+    ("unstructured", 1),
+    ("constant_fan_in", 1),
+    ("n_m", 4),
+    ("block", 4),
+    ("shuffled_block", 4),
+    ("tile_wise", 4),
+]
 
 
 def _start(pattern: str, size: int, method: str, **kwargs: Any) -> tuple[MaskedLinear, Topology, torch.optim.Optimizer]:
@@ -74,7 +81,7 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_of_each_group(pattern: st
     (change,) = update.layers
     assert set(change.dropped) == dropped
     assert set(change.grown) == grown
-    assert change.uncovered is None
+    assert change.uncovered == 24 - int(layer.mask.any(1).sum())
 
 
 def test_survivors_are_untouched() -> None:

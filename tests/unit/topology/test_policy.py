@@ -57,6 +57,15 @@ def test_highest_breaks_ties_by_unit() -> None:
     assert policy.highest(scores, _all_but(6, 0), 2)[1] == pytest.approx(2 / 7)
 
 
+def test_sampled_is_in_proportion_to_weight() -> None:
+    weight = _numbers(1.0, 0.0, 3.0)
+    orders = [policy.sampled(weight, (draw,)).argsort(descending=True).tolist() for draw in range(2000)]
+    # 3 standard deviations of 2000 draws of probability 3/4 are 0.03.
+    assert sum(order[0] == 2 for order in orders) / 2000 == pytest.approx(0.75, abs=0.03)
+    assert all(order[2] == 1 for order in orders)
+    assert torch.equal(policy.sampled(weight, (7,)), policy.sampled(weight, (7,)))
+
+
 def test_each_group_gives_equally_many() -> None:
     scores = _numbers(1.0, 2.0, 8.0, 4.0, 6.0, 5.0)
     units, margin = policy.lowest(scores, _all_but(6, 0), 1, groups=2)
