@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The paper gives a quarter to a third of a layer's weights to the low-rank part (section 3.3).
+# The paper gives a quarter to a third of a layer's weights to the low-rank part.
 LOW_RANK_SHARE = 0.25
 
 

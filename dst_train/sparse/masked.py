@@ -22,8 +22,8 @@ class MaskedLinear(SparseLayer):
         n_m: an entry; `size` adjacent entries of a row, N = (1 - sparsity) * size of which stay.
         block: a tile of size x size entries; all of the weight.
         shuffled_block: as block, of a weight whose rows and columns are in a random order that does not change.
-        tile_wise: one input of `size` adjacent outputs; all of the weight (arXiv 2008.13006, section 4: what that paper prunes of
-            a tile after it has removed whole outputs, which this does not).
+        tile_wise: one input of `size` adjacent outputs; all of the weight (arXiv 2008.13006: what that paper prunes of a
+            tile after it has removed whole outputs, which this does not).
 
     Attributes:
         weight: Parameter [out_features, in_features]; zero where the mask is.

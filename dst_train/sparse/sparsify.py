@@ -219,14 +219,14 @@ def _module(
     drawn: dict[str, Any] = {"explore": explore, "generator": generator, **shared}
     if rule.pattern == "diagonal":
         return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, **drawn)
-    if gate is not None:
-        raise ValueError(f"gate={gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
     if rule.pattern == "sr_ste":
         return SrSteLinear(in_features, out_features, size=rule.size, accumulation=accumulation, **shared)
     if rule.pattern == "butterfly":
         return ButterflyLinear(in_features, out_features, size=rule.size, generator=generator, **shared)
     if rule.pattern == "sdgp":
         return SdgpLinear(in_features, out_features, size=rule.size, **shared)
+    if gate is not None:
+        raise ValueError(f"gate={gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
     return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **drawn)
 
 

@@ -16,7 +16,7 @@ def test_flat_butterfly_by_hand() -> None:
 
 
 def test_equals_the_sum_of_butterfly_factors() -> None:
-    """A factor of stride s has, in each diagonal block of 2 s, all entries at distance 0 or s (section 2 of the paper)."""
+    """A factor of stride s has, in each diagonal block of 2 s, all entries at distance 0 or s."""
     total = torch.zeros(16, 16)
     for stride in (1, 2, 4):
         one = torch.eye(stride)

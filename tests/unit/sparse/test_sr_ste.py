@@ -53,6 +53,13 @@ def test_a_rule_makes_it_and_no_topology_sees_it() -> None:
     Topology(model, method="static", total_steps=10)
 
 
+def test_it_goes_with_dynadiag_in_other_layers() -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    rules = [{"match": "0", "sparsity": 0.5, "pattern": "sr_ste", "size": 4}, {"match": "1", "sparsity": 0.5}]
+    sparsify(model, rules, gate="straight_through", explore=2.0)
+    assert list(Topology(model, method="dynadiag", total_steps=1000).layers) == ["1"]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
