@@ -77,7 +77,7 @@ class DiagonalLinear(SparseLayer):
         offsets = torch.randperm(self.num_units, generator=generator)[: self.num_start].sort().values
         self.register_buffer("offsets", offsets.to(device=device, dtype=torch.int32))
         self._taken: Tensor | None = None
-        self.register_load_state_dict_post_hook(lambda module, _: module._find_taken())
+        self.register_load_state_dict_post_hook(_find_taken)
         factory = {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(self.num_start * band, self.length, **factory))  # type: ignore[arg-type]
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None  # type: ignore[arg-type]
@@ -179,3 +179,7 @@ class DiagonalLinear(SparseLayer):
         """The slots that hold a unit, where not all do: found once an update, as it makes the host wait for the device."""
         taken = torch.nonzero(self.offsets >= 0).flatten()
         self._taken = None if taken.numel() == self.offsets.numel() else taken
+
+
+def _find_taken(layer: DiagonalLinear, _: object) -> None:
+    layer._find_taken()  # a function of the module, or the layer could not be pickled

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import math
 
 import pytest
@@ -141,6 +143,17 @@ def test_a_state_dict_brings_free_slots_along() -> None:
     twin.load_state_dict(layer.state_dict())
     x = torch.randn(5, 16)
     assert torch.equal(twin(x), layer(x))
+
+
+def test_copies_and_compiled_layers_compute_the_same() -> None:
+    layer = DiagonalLinear(16, 12, sparsity=0.5, explore=1.5, gate="straight_through")
+    layer.replace(layer.units()[:2], torch.tensor([], dtype=torch.int64))
+    x, stored = torch.randn(3, 16), io.BytesIO()
+    torch.save(layer, stored)
+    stored.seek(0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for twin in (copy.deepcopy(layer), torch.load(stored, weights_only=False), compiled):
+        assert torch.equal(twin(x), layer(x))
 
 
 def test_replace_frees_and_fills_the_same_slots_when_the_number_stays() -> None:
