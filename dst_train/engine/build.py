@@ -21,6 +21,7 @@ def sparsify_by(job: Job, model: nn.Module) -> SparsityReport:
         seed=job.seed,
         explore=job.topology.explore_factor,
         gate=job.topology.gate,
+        rank=job.sparsity.low_rank.rank if job.sparsity.low_rank is not None else 0,
     )
 
 

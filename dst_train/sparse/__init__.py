@@ -3,6 +3,7 @@
 from dst_train.sparse.budget import BUDGETS, densities
 from dst_train.sparse.layer import SparseLayer
 from dst_train.sparse.linear import GATES, DiagonalLinear
+from dst_train.sparse.low_rank import LowRank
 from dst_train.sparse.masked import PATTERNS, MaskedLinear
 from dst_train.sparse.report import LayerReport, SparsityReport
 from dst_train.sparse.sparsify import SparsityRule, sparse_layers, sparsify
@@ -13,6 +14,7 @@ __all__ = [
     "PATTERNS",
     "DiagonalLinear",
     "LayerReport",
+    "LowRank",
     "MaskedLinear",
     "SparseLayer",
     "SparsityReport",

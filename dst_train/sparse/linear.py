@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import dst_ops
 from dst_train.sparse.layer import Reduce, SparseLayer, count_active
+from dst_train.sparse.low_rank import LowRank
 
 GATES = ("straight_through", "soft")
 
@@ -24,6 +25,7 @@ class DiagonalLinear(SparseLayer):
         offsets: int32 buffer [slots]; the unit held by slot s, -1 for none. Its order has no meaning; units do not repeat.
         bias: Parameter [out_features] or None.
         alpha: with a gate, Parameter [num_units], zeros at first.
+        low_rank: with a rank, a path that is added to the product while it is active.
 
     Args:
         sparsity: share of absent weights, in [0, 1); at least one unit stays.
@@ -31,10 +33,12 @@ class DiagonalLinear(SparseLayer):
         explore: active units at first, as a multiple of `num_final`; inf for all. There are as many slots.
         gate: `straight_through`: alpha receives the gradient of factors K softmax(alpha) of the active units, the weight
             is multiplied by 1. `soft`: the weight is multiplied by min(1, K softmax(alpha / temperature)). None: no alpha.
-        generator: CPU generator that draws the first offsets; the global one when None.
+        rank: of the low-rank path; 0 for none.
+        generator: CPU generator that draws the first offsets and what of the path is random; the global one when None.
 
     Raises:
-        ValueError: a size below 1, sparsity outside [0, 1), explore below 1, an unknown gate, or a band that does not divide P.
+        ValueError: a size below 1, sparsity outside [0, 1), explore below 1, an unknown gate, a band that does not divide P,
+            or a rank that `LowRank` refuses.
     """
 
     offsets: Tensor
@@ -49,6 +53,7 @@ class DiagonalLinear(SparseLayer):
         bias: bool = True,
         explore: float = 1.0,
         gate: str | None = None,
+        rank: int = 0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -82,6 +87,9 @@ class DiagonalLinear(SparseLayer):
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None  # type: ignore[arg-type]
         self.gate = gate
         self.alpha = None if gate is None else nn.Parameter(torch.zeros(self.num_units, **factory))  # type: ignore[arg-type]
+        self.low_rank = None
+        if rank:
+            self.low_rank = LowRank(in_features, out_features, rank, generator=generator, **factory)  # type: ignore[arg-type]
         self.reset_parameters()
 
     @property
@@ -137,7 +145,7 @@ class DiagonalLinear(SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
         values, offsets = self._present()
-        return dst_ops.diagonal_linear(
+        y = dst_ops.diagonal_linear(
             x,
             values,
             offsets,
@@ -146,12 +154,14 @@ class DiagonalLinear(SparseLayer):
             in_features=self.in_features,
             band=self.band,
         )
+        return y + self.low_rank(x) if self.low_rank is not None and self.low_rank.active else y
 
     def to_dense(self) -> Tensor:
         values, offsets = self._present()
-        return dst_ops.to_dense(
+        dense = dst_ops.to_dense(
             values, offsets, out_features=self.out_features, in_features=self.in_features, band=self.band
         )
+        return dense if self.low_rank is None else dense + self.low_rank.to_dense()
 
     def extra_repr(self) -> str:
         return (

@@ -55,6 +55,7 @@ def sparsify(
     seed: int = 0,
     explore: float = 1.0,
     gate: str | None = None,
+    rank: int = 0,
 ) -> SparsityReport:
     """Replace `nn.Linear` (and Hugging Face `Conv1D`) modules of `model` in place.
 
@@ -67,11 +68,12 @@ def sparsify(
         seed: the first active units are a pure function of (seed, position of the layer in the model).
         explore: active units at first, as a multiple of those that stay (`Topology` shrinks them); inf for all.
         gate: of diagonal layers, see `DiagonalLinear`; `straight_through` for the method dynadiag.
+        rank: of the low-rank path of diagonal layers, see `LowRank`; 0 for none.
 
     Raises:
         ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
             divide a layer or does not belong to the pattern, a weight that two modules share, sparsity outside [0, 1),
-            explore below 1, an unknown gate, or a gate for a layer that is not diagonal.
+            explore below 1, an unknown gate, a rank above a layer's size, or a gate or rank for a layer that is not diagonal.
     """
     parsed = [_parse(rule) for rule in rules]
     dense = _replaceable(model)
@@ -84,7 +86,7 @@ def sparsify(
     dense_parameters = sum(p.numel() for p in model.parameters())
     built = []
     for i, ((layer, rule), share) in enumerate(zip(chosen, density, strict=True)):
-        built.append(_build(layer, rule, share, _layer_seed(seed, i), explore, gate))
+        built.append(_build(layer, rule, share, _layer_seed(seed, i), explore, gate, rank))
     for report, module in built:
         parent, _, child = report.name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
@@ -145,12 +147,12 @@ def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Modul
 
 
 def _build(
-    layer: _Dense, rule: SparsityRule, density: float, seed: int, explore: float, gate: str | None
+    layer: _Dense, rule: SparsityRule, density: float, seed: int, explore: float, gate: str | None, rank: int
 ) -> tuple[LayerReport, SparseLayer]:
     try:
         # The constructor's own draw from the global generator is overwritten below: leave no trace of it.
         with torch.random.fork_rng(devices=[]):
-            module = _module(layer, rule, density, seed, explore, gate)
+            module = _module(layer, rule, density, seed, explore, gate, rank)
     except ValueError as error:
         raise ValueError(f"layer {layer.name} (rule {rule.match!r}): {error}") from error
     module.load_dense_init(layer.weight, layer.bias)
@@ -165,12 +167,13 @@ def _build(
         target_sparsity=1.0 - density,
         parameters=sum(p.numel() for p in module.parameters()),
         dense_parameters=layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()),
+        rank=rank,
     )
     return report, module
 
 
 def _module(
-    layer: _Dense, rule: SparsityRule, density: float, seed: int, explore: float, gate: str | None
+    layer: _Dense, rule: SparsityRule, density: float, seed: int, explore: float, gate: str | None, rank: int
 ) -> DiagonalLinear | MaskedLinear:
     out_features, in_features = layer.weight.shape
     shared: dict[str, Any] = {
@@ -182,9 +185,11 @@ def _module(
         "dtype": layer.weight.dtype,
     }
     if rule.pattern == "diagonal":
-        return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, **shared)
+        return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, rank=rank, **shared)
     if gate is not None:
         raise ValueError(f"gate={gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
+    if rank:
+        raise ValueError(f"rank={rank}: only diagonal layers have a low-rank path, this one is {rule.pattern}")
     return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **shared)
 
 

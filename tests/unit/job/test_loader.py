@@ -35,6 +35,8 @@ def test_defaults_and_numbers(base: Job) -> None:
         ("sparsity: 0.9", "sparsity: -0.1", "job.yaml:5 sparsity.rules.0.sparsity: input should be greater than or equal to 0, got -0.1"),
         ("sparsity: 0.9", "sparsity: 0.9, bnd: 2", "job.yaml:5 sparsity.rules.0.bnd: unknown key; did you mean 'band'? (allowed: match, pattern, sparsity, band, size)"),
         ("sparsity: 0.9", "sparsity: 0.9, pattern: blok", "job.yaml:5 sparsity.rules.0.pattern: 'blok' is unknown; did you mean 'block'? (choose one of diagonal, unstructured, constant_fan_in, n_m, block)"),
+        ("sparsity:\n", "sparsity:\n  low_rank: {rank: 0}\n", "job.yaml:4 sparsity.low_rank.rank: input should be greater than or equal to 1, got 0"),
+        ("sparsity:\n", "sparsity:\n  low_rank: {rank: 8, start: 1.0}\n", "job.yaml:4 sparsity.low_rank.start: input should be less than 1, got 1.0"),
         ("samples: 1000", "samples: many", "job.yaml:8 data.train.samples: input should be a valid integer, got 'many'"),
         ("samples: 1000", "samples: 10.5", "job.yaml:8 data.train.samples: input should be a valid integer, got 10.5"),
         ("  epochs: 2\n", "", "job.yaml:9 train: give exactly one of epochs and steps, got epochs=None, steps=None"),

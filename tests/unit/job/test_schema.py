@@ -33,6 +33,8 @@ KEYS = [
     "sparsity.rules.sparsity",
     "sparsity.rules.band",
     "sparsity.rules.size",
+    "sparsity.low_rank.rank",
+    "sparsity.low_rank.start",
     "topology.method",
     "topology.update.every",
     "topology.update.until",
