@@ -55,6 +55,8 @@ class Rule(Strict):
     """Adjacent diagonals chosen as one unit; must divide max(in_features, out_features)."""
     size: Positive = 1
     """Of `n_m`, adjacent entries of a row, N = (1 - sparsity) * size of which stay; of `block`, the side of a tile."""
+    permute: Literal["none", "learned"] = "none"
+    """`learned`: each topology update also reorders some inputs of a diagonal layer."""
 
 
 class LowRank(Strict):

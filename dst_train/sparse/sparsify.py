@@ -23,7 +23,8 @@ from dst_train.sparse.report import LayerReport, SparsityReport
 class SparsityRule:
     """`match`: glob over module names. `sparsity`: share of absent weights in [0, 1), or None to keep the layer dense.
 
-    `pattern`: `diagonal` (see `DiagonalLinear`, `band`) or one of `MaskedLinear`'s (`size`: of `n_m` and `block`).
+    `pattern`: `diagonal` (see `DiagonalLinear`, `band`) or one of `MaskedLinear`'s (`size`: of `n_m` and `block`). `permute`:
+    `none`, or `learned` for a permutation of the inputs of diagonal layers.
     """
 
     match: str
@@ -31,6 +32,7 @@ class SparsityRule:
     pattern: str = "diagonal"
     band: int = 1
     size: int = 1
+    permute: str = "none"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,10 @@ def _parse(rule: Any) -> SparsityRule:
     for key, owners in (("band", ("diagonal",)), ("size", ("n_m", "block"))):
         if getattr(rule, key) != 1 and rule.pattern not in owners:
             raise ValueError(f"rule {rule.match!r}: {key} belongs to {' and '.join(owners)}, not to {rule.pattern}")
+    if rule.permute not in ("none", "learned"):
+        raise ValueError(f"rule {rule.match!r}: permute {rule.permute!r} is unknown; choose one of none, learned")
+    if rule.permute != "none" and rule.pattern != "diagonal":
+        raise ValueError(f"rule {rule.match!r}: permute belongs to diagonal, not to {rule.pattern}")
     if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:
         raise ValueError(f"rule {rule.match!r}: sparsity {rule.sparsity} must be in [0, 1), or null to stay dense")
     return rule
@@ -185,7 +191,10 @@ def _module(
         "dtype": layer.weight.dtype,
     }
     if rule.pattern == "diagonal":
-        return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, rank=rank, **shared)
+        learned = rule.permute == "learned"
+        return DiagonalLinear(
+            in_features, out_features, band=rule.band, gate=gate, permute=learned, rank=rank, **shared
+        )
     if gate is not None:
         raise ValueError(f"gate={gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
     if rank:

@@ -67,9 +67,12 @@ def _assert_equal(left: Path, right: Path) -> None:
             # From step 12 on: the path starts in the second half.
             "sparsity__low_rank": {"rank": 4, "start": 0.55},
         },
-        {"deepspeed__zero_optimization": {"stage": 0}},
+        {
+            "deepspeed__zero_optimization": {"stage": 0},
+            "sparsity__rules": [{"match": "layers.*", "sparsity": 0.9, "permute": "learned"}],
+        },
     ],
-    ids=["zero1", "zero3-dynadiag", "zero2-bf16-low-rank", "zero0"],
+    ids=["zero1", "zero3-dynadiag", "zero2-bf16-low-rank", "zero0-permuted"],
 )
 def test_10_and_10_steps_equal_20_bitwise(
     write_job: Any, run_job: Any, tmp_path: Path, changes: dict[str, Any]

@@ -33,6 +33,7 @@ KEYS = [
     "sparsity.rules.sparsity",
     "sparsity.rules.band",
     "sparsity.rules.size",
+    "sparsity.rules.permute",
     "sparsity.low_rank.rank",
     "sparsity.low_rank.start",
     "topology.method",
