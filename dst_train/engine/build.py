@@ -22,6 +22,7 @@ def sparsify_by(job: Job, plan: BatchPlan, model: nn.Module) -> SparsityReport:
         explore=job.topology.explore_factor,
         gate=job.topology.gate,
         accumulation=plan.accumulation,
+        rank=job.sparsity.low_rank.rank if job.sparsity.low_rank is not None else 0,
     )
 
 

@@ -19,6 +19,7 @@ from dst_train.engine.predict import predict
 from dst_train.engine.session import Session
 from dst_train.job import BatchPlan, Job
 from dst_train.monitor import Monitor
+from dst_train.sparse import LowRank
 
 
 class NonFiniteError(RuntimeError):
@@ -108,6 +109,7 @@ class Trainer:
         engine = self._engine
         rate = learning_rate(self._job, self._plan, self.step + 1)
         set_learning_rate(engine.optimizer.param_groups, rate)
+        self._switch_low_rank()
         totals = torch.zeros(4, dtype=torch.float64, device=engine.device)  # loss, correct, targets, replaced samples
         for micro in range(self._plan.accumulation):
             batch = next(batches)
@@ -130,6 +132,15 @@ class Trainer:
         if update is not None:
             self._monitor.topology(update, self._session.report)
         return metrics, stop
+
+    def _switch_low_rank(self) -> None:
+        """Before `sparsity.low_rank.start` the path is not computed; a pure function of the step, as the learning rate."""
+        sparsity = self._job.sparsity
+        if sparsity is None or sparsity.low_rank is None:
+            return
+        for module in self._engine.module.modules():
+            if isinstance(module, LowRank):
+                module.active = self.step >= sparsity.low_rank.start * self._plan.total_steps
 
     def _reduce(self, totals: torch.Tensor, rate: float) -> tuple[dict[str, float], bool]:
         """One small all-reduce a step carries metrics and flags; DeepSpeed's overflow check waits for the device anyway."""

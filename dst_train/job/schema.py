@@ -75,12 +75,24 @@ class Rule(Strict):
     size: Positive = 1
     """Of `n_m`, `sr_ste` and `sdgp`, adjacent entries of a row, N = (1 - sparsity) * size of which stay; of blocks, the side of a tile;
     of `butterfly`, its shorter side; of `tile_wise`, adjacent outputs that share an input."""
+    permute: Literal["none", "learned"] = "none"
+    """`learned`: each topology update also reorders some inputs of a diagonal layer."""
+
+
+class LowRank(Strict):
+    """A learned product of two thin matrices beside each sparse weight, one of them random and fixed (LoRA-FA)."""
+
+    rank: Positive
+    start: Share = 0.9
+    """Share of the training after which the path takes part."""
 
 
 class Sparsity(Strict):
     budget: Literal["uniform", "erk", "compute_fraction"] = "uniform"
     """How the parameters that the rules leave are shared out over their layers."""
     rules: Annotated[list[Rule], Field(min_length=1)]
+    low_rank: LowRank | None = None
+    """Only for diagonal layers; absent or null: none."""
 
 
 class Update(Strict):

@@ -90,7 +90,7 @@ class Monitor:
             scalars[f"topology/sparsity_actual/{layer.name}"] = 1.0 - len(layer.active) / layer.num_units
             scalars[f"topology/mean_age/{layer.name}"] = layer.mean_age
             scalars[f"topology/explored/{layer.name}"] = layer.explored
-            for name in ("uncovered", "drop_margin", "grow_margin", "effective_units", "temperature"):
+            for name in ("uncovered", "drop_margin", "grow_margin", "effective_units", "temperature", "moved"):
                 value = getattr(layer, name)
                 if value is not None:
                     scalars[f"topology/{name}/{layer.name}"] = value

@@ -22,6 +22,7 @@ TOLD = (
     "gates",
     "effective_units",
     "temperature",
+    "moved",
 )
 
 

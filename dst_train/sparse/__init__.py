@@ -4,6 +4,7 @@ from dst_train.sparse.budget import BUDGETS, densities
 from dst_train.sparse.butterfly import ButterflyLinear
 from dst_train.sparse.layer import SparseLayer
 from dst_train.sparse.linear import GATES, DiagonalLinear
+from dst_train.sparse.low_rank import LowRank
 from dst_train.sparse.masked import PATTERNS, MaskedLinear
 from dst_train.sparse.report import LayerReport, SparsityReport
 from dst_train.sparse.sdgp import SdgpLinear
@@ -17,6 +18,7 @@ __all__ = [
     "ButterflyLinear",
     "DiagonalLinear",
     "LayerReport",
+    "LowRank",
     "MaskedLinear",
     "SdgpLinear",
     "SparseLayer",

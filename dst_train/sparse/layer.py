@@ -68,13 +68,17 @@ class SparseLayer(nn.Module, ABC):
     def unit_scores(self, x: Tensor, dy: Tensor, reduce: Reduce | None) -> Tensor:
         """Mean over the entries of each unit, present or not, of |dL/dW|, float32 [num_units].
 
-        x: [tokens, in_features], dy: [tokens, out_features]. reduce(block, first_row) is applied to each block of rows
-        of dL/dW before the absolute value.
+        x: [tokens, in_features], after `arrange`; dy: [tokens, out_features]. reduce(block, first_row) is applied to each
+        block of rows of dL/dW before the absolute value.
         """
 
     @abstractmethod
     def to_dense(self) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor, for inspection and export."""
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """x [..., in_features] in the order in which the units see the inputs."""
+        return x
 
     @property
     def num_active(self) -> int:

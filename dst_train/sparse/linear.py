@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import dst_ops
 from dst_train.sparse.layer import Reduce, SparseLayer, count_active
+from dst_train.sparse.low_rank import LowRank
 
 GATES = ("straight_through", "soft")
 
@@ -16,14 +17,18 @@ GATES = ("straight_through", "soft")
 class DiagonalLinear(SparseLayer):
     """`y = x W^T + b` with a diagonally sparse W of shape [out_features, in_features]; W itself is never stored.
 
+    With a permutation, `y = x[order] W^T + b`: W is diagonal in positions, and an input may stand at any of them.
+
     With P = max(out_features, in_features) candidate diagonals of length L = min(...), a *unit* is `band` adjacent
     candidates. `num_final` of the `num_units` = P / band units stay (DynaDiag, arXiv 2506.11449, section 3).
 
     Attributes:
         values: Parameter [slots * band, L]; rows `s * band ... (s + 1) * band - 1` belong to slot s. Free slots hold zeros.
         offsets: int32 buffer [slots]; the unit held by slot s, -1 for none. Its order has no meaning; units do not repeat.
+        order: with a permutation, int32 buffer [in_features]: the input at each position; else None.
         bias: Parameter [out_features] or None.
         alpha: with a gate, Parameter [num_units], zeros at first.
+        low_rank: with a rank, a path that is added to the product while it is active.
 
     Args:
         sparsity: share of absent weights, in [0, 1); at least one unit stays.
@@ -31,14 +36,18 @@ class DiagonalLinear(SparseLayer):
         explore: active units at first, as a multiple of `num_final`; inf for all. There are as many slots.
         gate: `straight_through`: alpha receives the gradient of factors K softmax(alpha) of the active units, the weight
             is multiplied by 1. `soft`: the weight is multiplied by min(1, K softmax(alpha / temperature)). None: no alpha.
-        generator: CPU generator that draws the first offsets; the global one when None.
+        permute: whether there is a permutation, the identity at first; `Topology` changes it.
+        rank: of the low-rank path; 0 for none.
+        generator: CPU generator that draws the first offsets and what of the path is random; the global one when None.
 
     Raises:
-        ValueError: a size below 1, sparsity outside [0, 1), explore below 1, an unknown gate, or a band that does not divide P.
+        ValueError: a size below 1, sparsity outside [0, 1), explore below 1, an unknown gate, a band that does not divide P,
+            or a rank that `LowRank` refuses.
     """
 
     offsets: Tensor
     pattern = "diagonal"
+    order: Tensor | None
 
     def __init__(
         self,
@@ -50,6 +59,8 @@ class DiagonalLinear(SparseLayer):
         bias: bool = True,
         explore: float = 1.0,
         gate: str | None = None,
+        permute: bool = False,
+        rank: int = 0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -76,6 +87,7 @@ class DiagonalLinear(SparseLayer):
         self.num_start = round(min(explore * self.num_final, float(self.num_units)))
         offsets = torch.randperm(self.num_units, generator=generator)[: self.num_start].sort().values
         self.register_buffer("offsets", offsets.to(device=device, dtype=torch.int32))
+        self.register_buffer("order", torch.arange(in_features, dtype=torch.int32, device=device) if permute else None)
         self._taken: Tensor | None = None
         self.register_load_state_dict_post_hook(_find_taken)
         factory = {"device": device, "dtype": dtype}
@@ -83,6 +95,9 @@ class DiagonalLinear(SparseLayer):
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None  # type: ignore[arg-type]
         self.gate = gate
         self.alpha = None if gate is None else nn.Parameter(torch.zeros(self.num_units, **factory))  # type: ignore[arg-type]
+        self.low_rank = None
+        if rank:
+            self.low_rank = LowRank(in_features, out_features, rank, generator=generator, **factory)  # type: ignore[arg-type]
         self.reset_parameters()
 
     @property
@@ -116,6 +131,32 @@ class DiagonalLinear(SparseLayer):
             x, dy, out_features=self.out_features, in_features=self.in_features, band=self.band, reduce=reduce
         )
 
+    def arrange(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x.index_select(-1, self.order)
+
+    def position_of(self, element: Tensor) -> Tensor:
+        """The position (column of W) of flat elements of `values`; int64 -> int64. Of free slots, any."""
+        column = element % self.length
+        if self.out_features < self.in_features:
+            first = self.offsets.to(element.device, torch.int64) * self.band
+            row = element // self.length
+            column = (column + first[row // self.band] + row % self.band) % self.in_features
+        return column
+
+    def position_gains(self, gradient: Tensor, first_row: int, positions: Tensor) -> Tensor:
+        """What the growth signal says of another order of some inputs, float32 [n, n].
+
+        Entry (p, q) is the sum of |dL/dW| over the entries of W that position p has, if p had the input of position q.
+        gradient: rows of dL/dW, [rows, in_features] from first_row on; positions: int64 [n].
+        """
+        candidates = torch.zeros(self.num_units, self.band, dtype=torch.bool, device=gradient.device)
+        candidates[self.offsets[self.offsets >= 0].long()] = True
+        offset = torch.arange(first_row, first_row + gradient.shape[0], device=gradient.device)[:, None] - positions
+        if self.out_features < self.in_features:
+            offset = -offset
+        present = candidates.flatten()[offset % candidates.numel()]
+        return present.to(gradient.dtype).t() @ gradient[:, positions].abs()
+
     def reset_parameters(self) -> None:
         """nn.Linear's uniform initialisation, with the mean number of active inputs of an output in place of in_features."""
         bound = 1.0 / math.sqrt(self.in_features * self.num_start / self.num_units)
@@ -130,7 +171,7 @@ class DiagonalLinear(SparseLayer):
         The scale makes up for the smaller fan-in, so that the variance of the output equals the dense layer's.
         weight: [out_features, in_features]; bias: [out_features] or None.
         """
-        values = dst_ops.from_dense(weight, self.offsets, band=self.band)
+        values = dst_ops.from_dense(self.arrange(weight), self.offsets, band=self.band)
         self.values.copy_(values / math.sqrt(self.num_start / self.num_units))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
@@ -138,8 +179,8 @@ class DiagonalLinear(SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
         values, offsets = self._present()
-        return dst_ops.diagonal_linear(
-            x,
+        y = dst_ops.diagonal_linear(
+            self.arrange(x),
             values,
             offsets,
             self.bias,
@@ -147,17 +188,21 @@ class DiagonalLinear(SparseLayer):
             in_features=self.in_features,
             band=self.band,
         )
+        return y + self.low_rank(x) if self.low_rank is not None and self.low_rank.active else y
 
     def to_dense(self) -> Tensor:
         values, offsets = self._present()
-        return dst_ops.to_dense(
+        dense = dst_ops.to_dense(
             values, offsets, out_features=self.out_features, in_features=self.in_features, band=self.band
         )
+        if self.order is not None:
+            dense = dense.index_select(1, self.order.argsort())
+        return dense if self.low_rank is None else dense + self.low_rank.to_dense()
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, units={self.num_active}/{self.num_units}, band={self.band}, "
-            f"bias={self.bias is not None}, gate={self.gate}"
+            f"bias={self.bias is not None}, gate={self.gate}, permute={self.order is not None}"
         )
 
     def _present(self) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class LayerReport:
     """One replaced layer. size: the band of diagonals, or that of the pattern. num_active: units when the topology is settled.
 
-    parameters: stored ones, with bias, and with what dynadiag keeps beyond `num_active`; dense_parameters: with bias.
+    parameters: learned ones, with bias, and with what dynadiag keeps beyond `num_active`; dense_parameters: with bias.
+    rank: of the low-rank path, 0 for none.
     """
 
     name: str
@@ -22,10 +23,13 @@ class LayerReport:
     target_sparsity: float
     parameters: int
     dense_parameters: int
+    rank: int = 0
 
     @property
     def density(self) -> float:
-        return self.num_active / self.num_units
+        """Numbers that the product reads over those of the dense weight; both factors of the low-rank path count."""
+        path = self.rank * (self.in_features + self.out_features) / (self.in_features * self.out_features)
+        return self.num_active / self.num_units + path
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class SparsityReport:
 
     @property
     def density(self) -> float:
-        """Weights present in the replaced layers over the weights they had when dense (1.0 without such layers)."""
+        """Numbers that the replaced layers read over the weights they had when dense (1.0 without such layers)."""
         present = sum(r.density * r.in_features * r.out_features for r in self.layers)
         total = sum(r.in_features * r.out_features for r in self.layers)
         return present / total if total else 1.0

@@ -28,7 +28,8 @@ class SparsityRule:
 
     `pattern`: `diagonal` (see `DiagonalLinear`, `band`), `sr_ste`, `butterfly` and `sdgp` (see
     `SrSteLinear`, `ButterflyLinear` and `SdgpLinear`, `size`), or one of `MaskedLinear`'s (`size`:
-    of `n_m`, blocks and `tile_wise`).
+    of `n_m`, blocks and `tile_wise`). `permute`: `none`, or `learned` for a permutation of the
+    inputs of diagonal layers.
     """
 
     match: str
@@ -36,6 +37,7 @@ class SparsityRule:
     pattern: str = "diagonal"
     band: int = 1
     size: int = 1
+    permute: str = "none"
 
 
 _OWNERS = {
@@ -46,6 +48,16 @@ _OWNERS = {
 
 # What a topology does not see.
 _NotDynamic = SrSteLinear | ButterflyLinear | SdgpLinear
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of sparsify that layers take."""
+
+    explore: float
+    gate: str | None
+    rank: int
+    accumulation: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ def sparsify(
     explore: float = 1.0,
     gate: str | None = None,
     accumulation: int = 1,
+    rank: int = 0,
 ) -> SparsityReport:
     """Replace `nn.Linear` (and Hugging Face `Conv1D`) modules of `model` in place.
 
@@ -84,12 +97,13 @@ def sparsify(
         explore: active units at first, as a multiple of those that stay (`Topology` shrinks them); inf for all.
         gate: of diagonal layers, see `DiagonalLinear`; `straight_through` for the method dynadiag.
         accumulation: micro-batches per optimiser step; of `SrSteLinear`.
+        rank: of the low-rank path of diagonal layers, see `LowRank`; 0 for none.
 
     Raises:
         ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
             divide a layer or does not belong to the pattern, a weight that two modules share, sparsity outside [0, 1),
-            explore below 1, an unknown gate, a gate for a layer that is not diagonal, or `sdgp` under another budget than
-            `uniform`.
+            explore below 1, an unknown gate, a rank above a layer's size, a gate or rank for a layer that is not diagonal, or
+            `sdgp` under another budget than `uniform`.
     """
     parsed = [_parse(rule) for rule in rules]
     dense = _replaceable(model)
@@ -106,9 +120,9 @@ def sparsify(
         [1.0 - (rule.sparsity or 0.0) for _, rule in chosen],
     )
     dense_parameters = sum(p.numel() for p in model.parameters())
-    built = []
+    options, built = _Options(explore, gate, rank, accumulation), []
     for i, ((layer, rule), share) in enumerate(zip(chosen, density, strict=True)):
-        built.append(_build(layer, rule, share, _layer_seed(seed, i), explore, gate, accumulation))
+        built.append(_build(layer, rule, share, _layer_seed(seed, i), options))
     for report, module in built:
         parent, _, child = report.name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
@@ -130,6 +144,10 @@ def _parse(rule: Any) -> SparsityRule:
     for key, owners in _OWNERS.items():
         if getattr(rule, key) != 1 and rule.pattern not in owners:
             raise ValueError(f"rule {rule.match!r}: {key} belongs to {', '.join(owners)}, not to {rule.pattern}")
+    if rule.permute not in ("none", "learned"):
+        raise ValueError(f"rule {rule.match!r}: permute {rule.permute!r} is unknown; choose one of none, learned")
+    if rule.permute != "none" and rule.pattern != "diagonal":
+        raise ValueError(f"rule {rule.match!r}: permute belongs to diagonal, not to {rule.pattern}")
     if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:
         raise ValueError(f"rule {rule.match!r}: sparsity {rule.sparsity} must be in [0, 1), or null to stay dense")
     return rule
@@ -169,18 +187,12 @@ def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Modul
 
 
 def _build(
-    layer: _Dense,
-    rule: SparsityRule,
-    density: float,
-    seed: int,
-    explore: float,
-    gate: str | None,
-    accumulation: int,
+    layer: _Dense, rule: SparsityRule, density: float, seed: int, options: _Options
 ) -> tuple[LayerReport, SparseLayer | _NotDynamic]:
     try:
         # The constructor's own draw from the global generator is overwritten below: leave no trace of it.
         with torch.random.fork_rng(devices=[]):
-            module = _module(layer, rule, density, seed, explore, gate, accumulation)
+            module = _module(layer, rule, density, seed, options)
     except ValueError as error:
         raise ValueError(f"layer {layer.name} (rule {rule.match!r}): {error}") from error
     module.load_dense_init(layer.weight, layer.bias)
@@ -195,18 +207,13 @@ def _build(
         target_sparsity=1.0 - density,
         parameters=sum(p.numel() for p in module.parameters()),
         dense_parameters=layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()),
+        rank=options.rank,
     )
     return report, module
 
 
 def _module(
-    layer: _Dense,
-    rule: SparsityRule,
-    density: float,
-    seed: int,
-    explore: float,
-    gate: str | None,
-    accumulation: int,
+    layer: _Dense, rule: SparsityRule, density: float, seed: int, options: _Options
 ) -> DiagonalLinear | MaskedLinear | _NotDynamic:
     out_features, in_features = layer.weight.shape
     shared: dict[str, Any] = {
@@ -216,17 +223,20 @@ def _module(
         "dtype": layer.weight.dtype,
     }
     generator = torch.Generator().manual_seed(seed)
-    drawn: dict[str, Any] = {"explore": explore, "generator": generator, **shared}
+    drawn: dict[str, Any] = {"explore": options.explore, "generator": generator, **shared}
     if rule.pattern == "diagonal":
-        return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, **drawn)
+        learned, gate, rank = rule.permute == "learned", options.gate, options.rank
+        return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, permute=learned, rank=rank, **drawn)
     if rule.pattern == "sr_ste":
-        return SrSteLinear(in_features, out_features, size=rule.size, accumulation=accumulation, **shared)
+        return SrSteLinear(in_features, out_features, size=rule.size, accumulation=options.accumulation, **shared)
     if rule.pattern == "butterfly":
         return ButterflyLinear(in_features, out_features, size=rule.size, generator=generator, **shared)
     if rule.pattern == "sdgp":
         return SdgpLinear(in_features, out_features, size=rule.size, **shared)
-    if gate is not None:
-        raise ValueError(f"gate={gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
+    if options.gate is not None:
+        raise ValueError(f"gate={options.gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
+    if options.rank:
+        raise ValueError(f"rank={options.rank}: only diagonal layers have a low-rank path, this one is {rule.pattern}")
     return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **drawn)
 
 

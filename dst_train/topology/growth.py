@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dst_train.sparse import SparseLayer
+from dst_train.sparse import DiagonalLinear, SparseLayer
 from dst_train.topology.ranks import Ranks
 
 
@@ -32,14 +33,17 @@ class GrowthSignal:
         self._seen: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
         self._scores: dict[str, Tensor] = {}
+        self._positions: Mapping[str, Tensor] = {}
+        self._gains: dict[str, Tensor] = {}
 
     @property
     def active(self) -> bool:
         return bool(self._handles)
 
-    def start(self) -> None:
-        """Measure from the next forward pass on."""
+    def start(self, positions: Mapping[str, Tensor]) -> None:
+        """Measure from the next forward pass on. positions: by layer, those of which `take_gains` is to tell, int64."""
         self.stop()
+        self._positions = positions
         for name, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(partial(self._on_forward, name)))
 
@@ -51,6 +55,12 @@ class GrowthSignal:
         self._seen.clear()
         self._sums.clear()
         self._scores.clear()
+        self._gains.clear()
+
+    def take_gains(self) -> dict[str, Tensor]:
+        """This rank's share of `DiagonalLinear.position_gains`, float64 by layer; before `take`, which forgets them."""
+        share = self._ranks.world_size if self._exact else 1
+        return {name: gains.double() / share for name, gains in self._gains.items()}
 
     def take(self) -> dict[str, Tensor]:
         """This rank's share of the scores, float64 [num_units] by layer; ranks sum to the whole. Stops measuring.
@@ -83,9 +93,9 @@ class GrowthSignal:
                 f"layer {name} was called more than once in a micro-batch (or there were more than "
                 f"{self._accumulation} micro-batches in a step); a shared layer cannot be dynamically sparse: keep it dense"
             )
-        x2, dy2 = x.reshape(-1, layer.in_features), dy.reshape(-1, layer.out_features)
+        x2, dy2 = layer.arrange(x.reshape(-1, layer.in_features)), dy.reshape(-1, layer.out_features)
         if not self._exact:
-            scores = layer.unit_scores(x2, dy2, None)
+            scores = layer.unit_scores(x2, dy2, partial(self._reduce, name, None))
             self._scores[name] = self._scores[name] + scores if seen > 1 else scores
         elif seen < self._accumulation:
             if seen == 1:
@@ -93,9 +103,16 @@ class GrowthSignal:
             self._sums[name].addmm_(dy2.float().t(), x2.float())
         else:
             held = self._sums.pop(name, None)
-            self._scores[name] = layer.unit_scores(x2, dy2, partial(self._reduce, held))
+            self._scores[name] = layer.unit_scores(x2, dy2, partial(self._reduce, name, held))
 
-    def _reduce(self, held: Tensor | None, block: Tensor, first_row: int) -> Tensor:
+    def _reduce(self, name: str, held: Tensor | None, block: Tensor, first_row: int) -> Tensor:
         if held is not None:
             block += held[first_row : first_row + block.shape[0]]
-        return self._ranks.sum_(block)
+        if self._exact:
+            block = self._ranks.sum_(block)
+        if name in self._positions:
+            layer, positions = self._layers[name], self._positions[name].to(block.device)
+            assert isinstance(layer, DiagonalLinear)
+            gains = layer.position_gains(block, first_row, positions)
+            self._gains[name] = self._gains[name] + gains if name in self._gains else gains
+        return block

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from dst_train.sparse import SparseLayer, sparse_layers
-from dst_train.topology import chase, policy, telemetry
+from dst_train.sparse import DiagonalLinear, SparseLayer, sparse_layers
+from dst_train.topology import chase, permutation, policy, telemetry
 from dst_train.topology.editor import ParameterEditor, editor_for
 from dst_train.topology.growth import GrowthSignal
 from dst_train.topology.methods import METHODS, SOFT, Change
@@ -24,8 +25,10 @@ class Topology:
     """Dynamic sparse training of the sparse layers of `model`.
 
     Call `bind` once the optimiser exists and `step` after every optimiser step, on all ranks. An update drops the active
-    units with the lowest scores and grows as many absent ones: see `METHODS`. Regrown values and first moments are 0. Dropped units do not regrow in the same update. A
-    layer with more active units than are to stay (`explore`) drops the surplus over the first updates, by cosine.
+    units with the lowest scores and grows as many absent ones: see `METHODS`. Regrown values and first moments are 0. Dropped
+    units do not regrow in the same update. A layer with more active units than are to stay (`explore`) drops the surplus over
+    the first updates, by cosine. Layers with a permutation are reordered in the same updates: see
+    `dst_train.topology.permutation`.
 
     Args:
         method: `static` (no updates), `set` (Mocanu et al. 2018): drops the smallest mean |value|, grows at random; `rigl`
@@ -48,7 +51,8 @@ class Topology:
 
     Raises:
         ValueError: an argument out of range, a model without sparse layers (unless static), layers whose gates do not fit
-            the method, a pattern that the method is not for, or more units than are to stay when there is no update to drop them.
+            the method, a pattern that the method is not for, more units than are to stay when there is no update to drop
+            them, or a permutation that no update changes.
     """
 
     def __init__(
@@ -114,6 +118,12 @@ class Topology:
         self._ranks: Ranks
         self._signal: GrowthSignal
         self._history: dict[str, telemetry.History] = {}
+        self._ordered = {
+            name: layer
+            for name, layer in self.layers.items()
+            if isinstance(layer, DiagonalLinear) and layer.order is not None
+        }
+        self._weakest: dict[str, permutation.Weakest] = {}
         self._soft = any(layer.gate == "soft" for layer in self.layers.values())
         self._method = SOFT if self._soft else METHODS.get(method)
         self._check_layers()
@@ -133,7 +143,7 @@ class Topology:
                 if parameter is not None:
                     self._editor.check(f"{name} ({key})", parameter)
         held = self._held()
-        self._ranks.require_equal(held, "at the start")
+        self._require_equal("at the start")
         self._history = {
             name: telemetry.History(units[units >= 0], self.layers[name].num_units) for name, units in held.items()
         }
@@ -170,26 +180,33 @@ class Topology:
         return {"steps": self.steps, "updates": self.updates, "due": self._due, "history": history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave; after `bind`, else RuntimeError, and after the model's own state."""
+        """What `state_dict` gave; after `bind`, else RuntimeError, and after the model's and optimiser's own state."""
         self._require_bound("load_state_dict")
         self.steps, self.updates, self._due = state["steps"], state["updates"], state["due"]
         for name, history in self._history.items():
             history.load_state_dict(state["history"][name])
-        self._ranks.require_equal(self._held(), "after loading")
+        self._require_equal("after loading")
         self._prepare()
 
     def digest(self) -> str:
-        """sha256 over the units of all layers, by slot."""
+        """sha256 over the units of all layers, by slot, and the orders of their inputs."""
         total = hashlib.sha256()
-        for name, units in self._held().items():
-            total.update(name.encode() + units.numpy().tobytes())
+        for name, tensor in {**self._held(), **self._orders()}.items():
+            total.update(name.encode() + tensor.numpy().tobytes())
         return total.hexdigest()
 
     def _require_bound(self, method: str) -> None:
         if self._editor is None:
             raise RuntimeError(f"Topology.{method}() before bind(): bind it to the optimiser or the engine first")
 
+    def _require_equal(self, moment: str) -> None:
+        self._ranks.require_equal({**self._held(), **self._orders()}, moment)
+
     def _check_layers(self) -> None:
+        if self._ordered and self._method is None:
+            raise ValueError(
+                f"layer {next(iter(self._ordered))} has a permutation, which method='static' never changes"
+            )
         gated = self.method == "dynadiag"
         patterns = self._method.patterns if self._method is not None else ()
         for name, layer in self.layers.items():
@@ -216,8 +233,14 @@ class Topology:
         if self._method is not None and coming % self.every == 0 and coming < self.last_step:
             self._due = True
         self._signal.stop()
-        if self._due and self._method is not None and self._method.measures:
-            self._signal.start()
+        if self._due and self._method is not None and (self._method.measures or self._ordered):
+            assert self._editor is not None
+            fraction = policy.cosine_drop_fraction(self.drop_fraction, coming, self.last_step)
+            self._weakest = {
+                name: permutation.weakest(layer, fraction, self._editor, self._ranks)
+                for name, layer in self._ordered.items()
+            }
+            self._signal.start({name: chosen.positions for name, chosen in self._weakest.items()})
         if self._soft:
             temperature = policy.temperature(*self.temperature, coming, self.last_step)
             for layer in self.layers.values():
@@ -228,11 +251,25 @@ class Topology:
     def _held(self) -> dict[str, Tensor]:
         return {name: layer.units() for name, layer in self.layers.items()}
 
+    def _orders(self) -> dict[str, Tensor]:
+        return {
+            f"{name} (order)": layer.order.cpu() for name, layer in self._ordered.items() if layer.order is not None
+        }
+
+    def _reorder(self, gains: dict[str, Tensor]) -> dict[str, int]:
+        """gains: this rank's share. Returns how many inputs of each layer moved."""
+        assert self._editor is not None
+        return {
+            name: permutation.reorder(layer, self._weakest[name], self._ranks.sum_(gains[name]).cpu(), self._editor)
+            for name, layer in self._ordered.items()
+        }
+
     def _update(self) -> TopologyUpdate:
         assert self._editor is not None
         started = time.perf_counter()
-        self._ranks.require_equal(self._held(), f"before the topology update at step {self.steps}")
+        self._require_equal(f"before the topology update at step {self.steps}")
         fraction = policy.cosine_drop_fraction(self.drop_fraction, self.steps, self.last_step)
+        gains = self._signal.take_gains()
         gradients = self._signal.take() if self._signal.active else {}
         changes = []
         for index, (name, scores) in enumerate(
@@ -242,10 +279,12 @@ class Topology:
             changed = change_layer(layer, scores, self._change(index, layer, fraction), self._editor)
             history.change(changed.dropped, changed.grown, self.steps)
             changes.append(describe(name, layer, changed, history, self.steps))
+        moved = self._reorder(gains)
         self.updates += 1
-        self._ranks.require_equal(self._held(), f"after the topology update at step {self.steps}")
+        self._require_equal(f"after the topology update at step {self.steps}")
         seconds = time.perf_counter() - started
-        return TopologyUpdate(self.steps, self.updates, fraction, seconds, self.digest(), tuple(changes))
+        told = tuple(replace(change, moved=moved.get(change.name)) for change in changes)
+        return TopologyUpdate(self.steps, self.updates, fraction, seconds, self.digest(), told)
 
     def _change(self, index: int, layer: SparseLayer, fraction: float) -> Change:
         assert self._method is not None

@@ -23,7 +23,7 @@ class LayerUpdate:
     outputs (of a tall or masked layer) or inputs (of a wide one) without any weight. drop_margin, grow_margin: how clear the cut between
     dropped and kept, grown and absent units was, as a share of the larger score; None where there was no choice by score.
     gates: by which alpha weighs the active units after the update, effective_units: (sum of them)^2 / sum of their squares,
-    temperature: of the soft gate; None without them.
+    temperature: of the soft gate; None without them. moved: inputs that changed their position; None without a permutation.
     """
 
     name: str
@@ -39,6 +39,7 @@ class LayerUpdate:
     gates: tuple[float, ...] | None = None
     effective_units: float | None = None
     temperature: float | None = None
+    moved: int | None = None
 
     @property
     def churn(self) -> float:

@@ -19,14 +19,17 @@ GLOBAL_BATCH, MICRO_BATCH, UPDATES = 16, 4, 20
 History = list[list[list[int]]]
 
 
-def _train(method: str, grow_signal: str = "exact", pattern: str = "diagonal", tamper_rank: int | None = None) -> History:
+def _train(
+    method: str, grow_signal: str = "exact", pattern: str = "diagonal", tamper_rank: int | None = None
+) -> History:
     """[update][layer] -> units by slot, of a data-parallel MLP in plain PyTorch; gradients are averaged by hand."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 8))
     more = {"explore": 2.0, "gate": "straight_through"} if method == "dynadiag" else {}
     kwargs = {"gamma_sal": 1.0} if method == "srigl" else {}  # so that there is something to ablate
-    sparsify(model, [{"match": "[02]", "sparsity": 0.8, "pattern": pattern}], **more)
+    kind = {"permute": "learned"} if pattern == "permuted" else {"pattern": pattern}
+    sparsify(model, [{"match": "[02]", "sparsity": 0.8, **kind}], **more)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     accumulation = GLOBAL_BATCH // (MICRO_BATCH * world_size)
     topology = Topology(
@@ -49,6 +52,8 @@ def _train(method: str, grow_signal: str = "exact", pattern: str = "diagonal", t
             model[2].offsets[0] = next(u for u in range(96) if u not in model[2].offsets.tolist())
         if topology.step() is not None:
             history.append([layer.units().tolist() for layer in sparse_layers(model).values()])
+            if pattern == "permuted":
+                history[-1] += [layer.order.tolist() for layer in sparse_layers(model).values()]
     return history
 
 
@@ -62,6 +67,8 @@ CASES = [
     ("rigl", "exact", "constant_fan_in"),
     ("srigl", "exact", "constant_fan_in"),
     ("chase", "exact", "unstructured"),
+    ("rigl", "exact", "permuted"),
+    ("rigl", "local", "permuted"),
 ]
 Case = tuple[str, str, str]
 
@@ -97,9 +104,10 @@ def test_same_units_after_20_updates_on_1_2_and_4_ranks(case: Case) -> None:
 
 
 def test_local_signal_is_equal_on_all_ranks() -> None:
-    first, *others = (histories["rigl", "local", "diagonal"] for histories in _on(4))
-    assert all(history == first for history in others)
-    assert first != _on(1)[0]["rigl", "exact", "diagonal"]
+    for pattern in ("diagonal", "permuted"):
+        first, *others = (histories["rigl", "local", pattern] for histories in _on(4))
+        assert all(history == first for history in others)
+        assert first != _on(1)[0]["rigl", "exact", pattern]
 
 
 def test_a_tampered_rank_is_caught_and_named() -> None:

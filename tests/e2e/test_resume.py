@@ -64,10 +64,18 @@ def _assert_equal(left: Path, right: Path) -> None:
             "deepspeed__zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
             "topology__method": "dynadiag",
         },
-        {"deepspeed__zero_optimization": {"stage": 2}, "train__precision": "bf16"},
-        {"deepspeed__zero_optimization": {"stage": 0}},
+        {
+            "deepspeed__zero_optimization": {"stage": 2},
+            "train__precision": "bf16",
+            # From step 12 on: the path starts in the second half.
+            "sparsity__low_rank": {"rank": 4, "start": 0.55},
+        },
+        {
+            "deepspeed__zero_optimization": {"stage": 0},
+            "sparsity__rules": [{"match": "layers.*", "sparsity": 0.9, "permute": "learned"}],
+        },
     ],
-    ids=["zero1", "zero3-dynadiag", "zero2-bf16", "zero0"],
+    ids=["zero1", "zero3-dynadiag", "zero2-bf16-low-rank", "zero0-permuted"],
 )
 def test_10_and_10_steps_equal_20_bitwise(
     write_job: Any, run_job: Any, tmp_path: Path, changes: dict[str, Any]

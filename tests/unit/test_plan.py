@@ -54,6 +54,15 @@ def test_counts_by_hand(job_file: Path) -> None:
     assert plan.report.parameters == sum(kept) + 64 + 32 + 4
 
 
+def test_the_low_rank_path_counts(job_file: Path) -> None:
+    plain, plan = prepare(load(job_file), 2), prepare(load(job_file, ["sparsity.low_rank={rank: 4}"]), 2)
+    path = 4 * (784 + 64) + 4 * (64 + 32)
+    assert (plan.flops[0] - plain.flops[0], plan.flops[1]) == (2 * path, plain.flops[1])
+    assert plan.report.parameters - plain.report.parameters == 4 * (64 + 32)  # what learns
+    weights = 784 * 64 + 64 * 32
+    assert plan.report.density == pytest.approx(plain.report.density + path / weights)
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "expected"),
     [

@@ -14,6 +14,9 @@ from dst_train.engine.optim import build_optimizer, learning_rate
 from dst_train.engine.resume import JobChangedError, check_job
 from dst_train.engine.trainer import NonFiniteError, Trainer
 from dst_train.job import BatchPlan, Job
+from dst_train.sparse import LowRank
+
+TRAIN = {"epochs": 10, "batch_size": 10, "micro_batch_size": 5}
 
 
 def _job(**changes: Any) -> Job:
@@ -21,7 +24,7 @@ def _job(**changes: Any) -> Job:
         "name": "test",
         "model": {"builder": "mlp", "in_features": 4, "hidden_features": [3], "num_classes": 2},
         "data": {"train": {"shards": "x.tar", "samples": 100, "transform": "digits"}},
-        "train": {"epochs": 10, "batch_size": 10, "micro_batch_size": 5},
+        "train": TRAIN,
         "optimizer": {"lr": 0.1, "weight_decay": 0.5},
         "schedule": {"warmup_epochs": 1.0, "min_lr": 0.01},
     }
@@ -80,6 +83,20 @@ def test_skipped_steps_are_counted_and_limited_in_a_row() -> None:
     assert said[-1] == "step 0: loss 1.0, skipped because of a non-finite gradient (2 in a row of at most 2)"
     with pytest.raises(NonFiniteError, match=r"3 in a row, train\.max_skipped_steps allows 2"):
         trainer._count_skipped(False, math.nan)
+
+
+def test_the_low_rank_path_takes_part_from_its_share_of_the_steps_on() -> None:
+    rules = [{"match": "*", "sparsity": 0.5}]
+    job = _job(sparsity={"rules": rules, "low_rank": {"rank": 1, "start": 0.55}}, train={**TRAIN, "epochs": 2})
+    model = nn.Sequential(LowRank(4, 4, 1))
+    session: Any = SimpleNamespace(engine=SimpleNamespace(module=model))
+    none: Any = None
+    trainer = Trainer(job, BatchPlan.of(job, 1), session, none, save=lambda step: None, stop_requested=lambda: False)
+    seen = []
+    for trainer.step in range(20):
+        trainer._switch_low_rank()
+        seen.append(model[0].active)
+    assert seen == [False] * 11 + [True] * 9
 
 
 def test_a_bad_loss_that_was_applied_is_never_tolerated() -> None:

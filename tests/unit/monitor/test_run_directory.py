@@ -49,6 +49,7 @@ def test_topology_has_a_line_for_each_update_and_layer(run, make_update):
         "gates": None,
         "effective_units": None,
         "temperature": None,
+        "moved": None,
         "digest": "digest1",
     }
     assert run.active_units() == {"a": [(1, 2, 3), (2, 3, 4)], "b": [(1, 2, 3), (2, 3, 4)]}
