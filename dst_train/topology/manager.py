@@ -10,15 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from dst_train.sparse import DiagonalLinear, SparseLayer, sparse_layers
-from dst_train.topology import chase, permutation, policy, telemetry
+from dst_train.topology import permutation, policy, telemetry
 from dst_train.topology.editor import ParameterEditor, editor_for
 from dst_train.topology.growth import GrowthSignal
 from dst_train.topology.methods import METHODS, SOFT, Change
 from dst_train.topology.ranks import Ranks
+from dst_train.topology.settings import Settings
 from dst_train.topology.update import TopologyUpdate, change_layer, describe, gather
-
-GROW_SIGNALS = ("exact", "local")
-COLD_STARTS = ("mean", "zero")
 
 
 class Topology:
@@ -31,89 +29,25 @@ class Topology:
     `dst_train.topology.permutation`.
 
     Args:
-        method: `static` (no updates), `set` (Mocanu et al. 2018): drops the smallest mean |value|, grows at random; `rigl`
-            (Evci et al. 2020): grows the largest gradient; `mest` (Yuan et al. 2021, arXiv 2110.14032): drops the smallest
-            |value| + gradient_weight * |gradient|, grows at random (its released code has a gradient_weight of 0 by
-            default, which is `set`); `cht` and `chts` (arXiv 2501.19107), `srigl` (arXiv 2305.02299), `chase` (arXiv 2305.19454): see their
-            modules; `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance,
-            needs `sparsify(..., gate="straight_through")`, or `gate="soft", explore=inf` for the paper's released code.
-        total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
-        drop_fraction: share of the active units replaced at first, decayed by cosine.
-        grow_signal: see `GrowthSignal`; `mest` and `dynadiag` take |gradient| from it.
-        gradient_weight: of `mest`, at least 0.
-        cold_start: second moment of regrown units. `mean`: of the layer's surviving units. `zero`: Adam's step counter is
-            shared, so that their first steps are up to three times as long (SMET, arXiv 2606.00888).
-        gamma_sal: of `srigl`, in [0, 1]; 0 switches ablation off.
-        channel_sparsity: of `chase`, the share of outputs without any weight after the last update, in [0, 1).
-        temperature: (start, end) of the soft gate, by cosine until `until * total_steps`.
-        seed: random growth is a pure function of (seed, layer, update number).
-        accumulation: micro-batches (backward passes) per optimiser step.
+        settings: see `Settings`; `total_steps` must be given.
 
     Raises:
-        ValueError: an argument out of range, a model without sparse layers (unless static), layers whose gates do not fit
-            the method, a pattern that the method is not for, more units than are to stay when there is no update to drop
+        ValueError: a setting out of range, a model without sparse layers (unless static), layers whose gates do not fit the
+            method, a pattern that the method is not for, more units than are to stay when there is no update to drop
             them, or a permutation that no update changes.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        method: str = "rigl",
-        total_steps: int,
-        every: int = 100,
-        until: float = 0.75,
-        drop_fraction: float = 0.3,
-        grow_signal: str = "exact",
-        gradient_weight: float = 1.0,
-        cold_start: str = "mean",
-        gamma_sal: float = 0.3,
-        channel_sparsity: float = 0.5,
-        temperature: tuple[float, float] = (5.0, 0.05),
-        seed: int = 0,
-        accumulation: int = 1,
-    ) -> None:
-        if method not in ("static", *METHODS):
-            raise ValueError(f"method={method!r}: choose one of static, {', '.join(METHODS)}")
-        if grow_signal not in GROW_SIGNALS:
-            raise ValueError(f"grow_signal={grow_signal!r}: choose one of {', '.join(GROW_SIGNALS)}")
-        if cold_start not in COLD_STARTS:
-            raise ValueError(f"cold_start={cold_start!r}: choose one of {', '.join(COLD_STARTS)}")
-        for name, value in (("total_steps", total_steps), ("every", every), ("accumulation", accumulation)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
-        for name, share in (("until", until), ("drop_fraction", drop_fraction)):
-            if not 0.0 < share <= 1.0:
-                raise ValueError(f"{name}={share}: must be in (0, 1]")
-        if not gradient_weight >= 0.0:
-            raise ValueError(f"gradient_weight={gradient_weight}: must be at least 0")
-        if not 0.0 <= gamma_sal <= 1.0:
-            raise ValueError(f"gamma_sal={gamma_sal}: must be in [0, 1]")
-        if not 0.0 <= channel_sparsity < 1.0:
-            raise ValueError(f"channel_sparsity={channel_sparsity}: must be in [0, 1)")
-        if not min(temperature) > 0.0:
-            raise ValueError(f"temperature={temperature}: both must be above 0")
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        self.settings = Settings(**settings)
         self.layers: dict[str, SparseLayer] = sparse_layers(model)
-        if not self.layers and method != "static":
+        if not self.layers and self.settings.method != "static":
             raise ValueError(
                 "the model has no sparse layers; call sparsify() first, or use method='static' "
                 "(also for the patterns sr_ste, butterfly and sdgp alone, which have no topology to update)"
             )
-        self.method = method
-        self.every = every
-        self.last_step = int(until * total_steps)
-        self.drop_fraction = drop_fraction
-        self.gradient_weight = gradient_weight
-        self.cold_start = cold_start
-        self.gamma_sal = gamma_sal
-        self.channel_sparsity = channel_sparsity
-        self.temperature = temperature
-        self.seed = seed
         self.steps = 0
         self.updates = 0
         self._due = False
-        self._accumulation = accumulation
-        self._exact = grow_signal == "exact"
         self._editor: ParameterEditor | None = None
         self._ranks: Ranks
         self._signal: GrowthSignal
@@ -125,7 +59,7 @@ class Topology:
         }
         self._weakest: dict[str, permutation.Weakest] = {}
         self._soft = any(layer.gate == "soft" for layer in self.layers.values())
-        self._method = SOFT if self._soft else METHODS.get(method)
+        self._method = SOFT if self._soft else METHODS.get(self.settings.method)
         self._check_layers()
 
     def bind(self, target: Any) -> Topology:
@@ -135,8 +69,10 @@ class Topology:
             ValueError: a sparse layer that is not optimised. TypeError: another kind of target.
             TopologyMismatchError: the ranks start from different offsets.
         """
-        self._ranks = Ranks()
-        self._signal = GrowthSignal(self.layers, self._ranks, accumulation=self._accumulation, exact=self._exact)
+        s, self._ranks = self.settings, Ranks()
+        self._signal = GrowthSignal(
+            self.layers, self._ranks, accumulation=s.accumulation, exact=s.grow_signal == "exact"
+        )
         self._editor = editor_for(target, self._ranks.world_size)
         for name, layer in self.layers.items():
             for key, parameter in (("weight", layer.stored), ("alpha", layer.alpha)):
@@ -207,42 +143,44 @@ class Topology:
             raise ValueError(
                 f"layer {next(iter(self._ordered))} has a permutation, which method='static' never changes"
             )
-        gated = self.method == "dynadiag"
+        gated = self.settings.method == "dynadiag"
         patterns = self._method.patterns if self._method is not None else ()
         for name, layer in self.layers.items():
             if patterns and layer.pattern not in patterns:
                 raise ValueError(
-                    f"layer {name} has pattern={layer.pattern!r} and method={self.method!r} is for {', '.join(patterns)}; "
+                    f"layer {name} has pattern={layer.pattern!r} and method={self.settings.method!r} is for {', '.join(patterns)}; "
                     "change the layer's rule, or the method"
                 )
             if gated != (layer.gate is not None):
                 needs = "needs" if gated else "does not take"
                 raise ValueError(
-                    f"layer {name} has gate={layer.gate!r} and method={self.method!r} {needs} gates; give sparsify() "
+                    f"layer {name} has gate={layer.gate!r} and method={self.settings.method!r} {needs} gates; give sparsify() "
                     "gate='straight_through' for dynadiag, and no gate for other methods"
                 )
-            if layer.num_start > layer.num_final and (self._method is None or self.every >= self.last_step):
+            if layer.num_start > layer.num_final and (
+                self._method is None or self.settings.every >= self.settings.last_step
+            ):
                 raise ValueError(
                     f"layer {name} starts with {layer.num_start} units and is to keep {layer.num_final}, but no update comes: "
-                    f"method={self.method!r}, every={self.every}, until * total_steps={self.last_step}"
+                    f"method={self.settings.method!r}, every={self.settings.every}, until * total_steps={self.settings.last_step}"
                 )
 
     def _prepare(self) -> None:
         """What the coming step needs: the soft gate's temperature, and measuring when it is an update step."""
         coming = self.steps + 1
-        if self._method is not None and coming % self.every == 0 and coming < self.last_step:
+        if self._method is not None and coming % self.settings.every == 0 and coming < self.settings.last_step:
             self._due = True
         self._signal.stop()
         if self._due and self._method is not None and (self._method.measures or self._ordered):
             assert self._editor is not None
-            fraction = policy.cosine_drop_fraction(self.drop_fraction, coming, self.last_step)
+            fraction = policy.cosine_drop_fraction(self.settings.drop_fraction, coming, self.settings.last_step)
             self._weakest = {
                 name: permutation.weakest(layer, fraction, self._editor, self._ranks)
                 for name, layer in self._ordered.items()
             }
             self._signal.start({name: chosen.positions for name, chosen in self._weakest.items()})
         if self._soft:
-            temperature = policy.temperature(*self.temperature, coming, self.last_step)
+            temperature = policy.temperature(*self.settings.temperature, coming, self.settings.last_step)
             for layer in self.layers.values():
                 layer.temperature = temperature
                 # As in the paper's released code: what stays is multiplied by exactly 1 from then on.
@@ -268,7 +206,7 @@ class Topology:
         assert self._editor is not None
         started = time.perf_counter()
         self._require_equal(f"before the topology update at step {self.steps}")
-        fraction = policy.cosine_drop_fraction(self.drop_fraction, self.steps, self.last_step)
+        fraction = policy.cosine_drop_fraction(self.settings.drop_fraction, self.steps, self.settings.last_step)
         gains = self._signal.take_gains()
         gradients = self._signal.take() if self._signal.active else {}
         changes = []
@@ -289,25 +227,13 @@ class Topology:
     def _change(self, index: int, layer: SparseLayer, fraction: float) -> Change:
         assert self._method is not None
         start, final = layer.num_start // layer.num_groups, layer.num_final // layer.num_groups
-        last = self.steps + self.every >= self.last_step
+        last = self.steps + self.settings.every >= self.settings.last_step
         if self._soft:
             grow, keep = 0, final if last else layer.num_active
         else:
-            keep = final if last else policy.active_count(start, final, self.steps, self.last_step)
+            keep = final if last else policy.active_count(start, final, self.steps, self.settings.last_step)
             absent = (layer.num_units - layer.num_active) // layer.num_groups
             grow = min(round(fraction * keep), absent)
-        progress = 1.0 if last else self.steps / self.last_step
-        empty = chase.removed_rows(self.channel_sparsity, layer.out_features, progress)
-        key = (self.seed, index, self.updates)
-        return Change(
-            self._method,
-            grow,
-            keep,
-            fraction,
-            progress,
-            self.gradient_weight,
-            self.gamma_sal,
-            empty,
-            self.cold_start,
-            key,
-        )
+        progress = 1.0 if last else self.steps / self.settings.last_step
+        key = (self.settings.seed, index, self.updates)
+        return Change(self._method, self.settings, grow, keep, fraction, progress, key)

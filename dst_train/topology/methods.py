@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dst_train.topology import chase, cht, policy, srigl
+
+if TYPE_CHECKING:
+    from dst_train.topology.settings import Settings
 
 # dynadiag: units that compete for their place, as a multiple of those dropped.
 POOL = 2.0
@@ -19,19 +23,14 @@ SIGNAL_SHARE = 0.3
 @dataclass(frozen=True)
 class Change:
     """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards. fraction:
-    the share that changes. progress: share of the updates' time that is over. gradient_weight, gamma_sal: of the methods that
-    have them. empty: outputs to be without any weight. cold_start: second moment of what grows, `mean` of the survivors or `zero`.
-    key: (seed, layer, update), for random choices."""
+    the share that changes. progress: share of the updates' time that is over. key: (seed, layer, update), for random choices."""
 
     method: Method
+    settings: Settings
     grow: int
     keep: int
     fraction: float
     progress: float
-    gradient_weight: float
-    gamma_sal: float
-    empty: int
-    cold_start: str
     key: tuple[int, int, int]
 
 
@@ -84,7 +83,7 @@ def by_gradient(units: Units) -> Tensor:
 
 def by_value_and_gradient(units: Units) -> Tensor:
     """MEST, Yuan et al. 2021, arXiv 2110.14032, section 3: |value| + weight * |gradient|, here the means over a unit."""
-    return units.value + units.change.gradient_weight * units.gradient
+    return units.value + units.change.settings.gradient_weight * units.gradient
 
 
 def by_links(units: Units) -> Tensor:
@@ -106,15 +105,19 @@ def by_neurons(units: Units) -> Tensor:
     """`srigl.choose`, with a group as a neuron."""
     value, gradient, active = (t.view(units.groups, -1) for t in (units.value, units.gradient, units.active))
     keep, fraction = units.change.keep, units.change.fraction
-    after = srigl.choose(value, gradient, active, fan_in=keep, fraction=fraction, gamma_sal=units.change.gamma_sal)
+    after = srigl.choose(
+        value, gradient, active, fan_in=keep, fraction=fraction, gamma_sal=units.change.settings.gamma_sal
+    )
     return after.flatten()
 
 
 def by_channels(units: Units) -> Tensor:
     """`chase.choose`."""
     value, gradient, active = (t.view(units.shape) for t in (units.value, units.gradient, units.active))
-    keep, fraction = units.change.keep, units.change.fraction
-    return chase.choose(value, gradient, active, keep=keep, fraction=fraction, removed=units.change.empty).flatten()
+    change = units.change
+    removed = chase.removed_rows(change.settings.channel_sparsity, units.shape[0], change.progress)
+    after = chase.choose(value, gradient, active, keep=change.keep, fraction=change.fraction, removed=removed)
+    return after.flatten()
 
 
 def by_alpha(units: Units) -> Tensor:

@@ -160,6 +160,7 @@ def test_overrides_reach_into_lists(write: Write) -> None:
         "sparsity": 0.1,
         "band": 4,
         "size": 1,
+        "permute": "none",
     }
 
 

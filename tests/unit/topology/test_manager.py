@@ -70,7 +70,10 @@ def test_survivors_are_untouched_and_regrown_rows_are_reset(method: str, band: i
         changed = layer.offsets != before["offsets"]
         magnitude = before["values"].abs().view(layer.num_active, -1).double().sum(1)
         count = round(
-            topology.drop_fraction / 2 * (1 + torch.cos(torch.tensor(torch.pi * 2 / 30)).item()) * layer.num_active
+            topology.settings.drop_fraction
+            / 2
+            * (1 + torch.cos(torch.tensor(torch.pi * 2 / 30)).item())
+            * layer.num_active
         )
         assert len(change.grown) == len(change.dropped) == changed.sum() == count > 0
         # The dropped ones are those with the smallest mean |value|, and were active; the grown ones were not.
