@@ -159,7 +159,7 @@ def test_the_imagenet_job_trains_on_synthetic_shards(tmp_path: Path, run_job: An
     overrides = [text for key, value in changes.items() for text in ("--set", f"{key}={value}")]
     result = run_job(ROOT / "jobs/vit_imagenet.yaml", *overrides, seconds=400.0)
     assert result.returncode == 0, result.stderr
-    run = tmp_path / "runs/vit_imagenet_rigl90"
+    run = tmp_path / "runs/vit_imagenet_dynadiag90"
     assert all(np.isfinite(_scalars(run, "train/loss")))
     updated = {json.loads(line)["layer"] for line in (run / "topology.jsonl").read_text().splitlines()}
     assert len(updated) == 36
