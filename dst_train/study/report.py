@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -60,6 +59,8 @@ def table(grid: Grid, results: Mapping[str, Result]) -> str:
     """Markdown, a table for each metric. The best mean of a column is bold once all runs of the column are finished."""
     metrics = sorted(METRICS, key=lambda metric: metric != grid.study.metric)
     parts = [_header(grid, results), *(_table(grid, results, metric) for metric in metrics)]
+    if grid.study.against is not None:
+        parts += [_differences(grid, results, metric) for metric in metrics]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
@@ -70,10 +71,41 @@ def _table(grid: Grid, results: Mapping[str, Result], metric: str) -> list[str]:
     head = [*labels, *(f"{study.columns} {column}" for column in columns)]
     lines = [f"{UNITS[metric]}:", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     best = {column: _best(grid, results, column, metric) for column in columns}
-    for row in _rows(grid):
+    for row in grid.study.rows():
         found = [(column, cell(grid, results, _point(grid, row, column), metric)) for column in columns]
         lines.append(f"| {' | '.join([*row, *(_text(c, best[column], metric) for column, c in found)])} |")
     return lines
+
+
+def _differences(grid: Grid, results: Mapping[str, Result], metric: str) -> list[str]:
+    """Of each row from the row `against`, seed by seed: what seeds have in common, such as the order of samples, drops out."""
+    study, columns = grid.study, list(grid.study.axes[grid.study.columns])
+    labels = [axis for axis in study.axes if axis != study.columns]
+    head = [*labels, *(f"{study.columns} {column}" for column in columns), "all"]
+    title = f"{UNITS[metric]}, difference from {study.against}, mean ± standard error (number of seeds):"
+    lines = [title, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    base = next(row for row in study.rows() if "-".join(row) == study.against)
+    for row in study.rows():
+        found = [_paired(grid, results, _point(grid, row, c), _point(grid, base, c), metric) for c in columns]
+        cells = [_difference(values, metric) for values in [*found, [d for values in found for d in values]]]
+        if row != base:
+            lines.append(f"| {' | '.join([*row, *cells])} |")
+    return lines
+
+
+def _paired(grid: Grid, results: Mapping[str, Result], one: Point, other: Point, metric: str) -> list[float]:
+    """Differences of the metric, one for each seed of which both runs are finished."""
+    pairs = [(results.get(a.name), results.get(b.name)) for a, b in zip(grid.at(one), grid.at(other), strict=True)]
+    return [SCALES[metric] * (a.evaluation[metric] - b.evaluation[metric]) for a, b in pairs if a and b]
+
+
+def _difference(values: list[float], metric: str) -> str:
+    if not values:
+        return "missing"
+    digits = DIGITS[metric]
+    with np.errstate(invalid="ignore"):  # losses may be infinite
+        error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+        return f"{np.mean(values):+.{digits}f}{error} ({len(values)})"
 
 
 def _header(grid: Grid, results: Mapping[str, Result]) -> list[str]:
@@ -99,17 +131,13 @@ def _distinct(values: Iterable[str]) -> str:
     return ", ".join(sorted(set(values)))
 
 
-def _rows(grid: Grid) -> list[Point]:
-    return list(itertools.product(*(values for axis, values in grid.study.axes.items() if axis != grid.study.columns)))
-
-
 def _point(grid: Grid, row: Point, column: str) -> Point:
     index = list(grid.study.axes).index(grid.study.columns)
     return (*row[:index], column, *row[index:])
 
 
 def _best(grid: Grid, results: Mapping[str, Result], column: str, metric: str) -> float | None:
-    cells = [cell(grid, results, _point(grid, row, column), metric) for row in _rows(grid)]
+    cells = [cell(grid, results, _point(grid, row, column), metric) for row in grid.study.rows()]
     means = [c.mean for c in cells if c is not None and c.count == c.planned and math.isfinite(c.mean)]
     if len(means) < len(cells) or len(cells) < 2:
         return None
@@ -150,7 +178,7 @@ def _plot(grid: Grid, results: Mapping[str, Result]) -> bytes:
     from matplotlib.figure import Figure  # an optional dependency, and slow to import
 
     study = grid.study
-    columns, rows = list(study.axes[study.columns]), _rows(grid)
+    columns, rows = list(study.axes[study.columns]), grid.study.rows()
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for i, row in enumerate(rows):

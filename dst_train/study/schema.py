@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,13 +38,22 @@ class Study(Strict):
     """For each axis its values, and for each value overrides as `--set` takes them, or `ranks=N`; applied in the order of the axes."""
     columns: str
     """The axis of the table's columns and the plot's x; the others make rows and lines."""
+    against: str | None = None
+    """A row of the table, its labels joined by `-`: two more tables show the difference of every row from it, seed by seed."""
     parallel: Positive = 1
     """Runs at a time."""
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The labels of each row of the table: of all axes but that of the columns."""
+        return list(itertools.product(*(values for axis, values in self.axes.items() if axis != self.columns)))
 
     @model_validator(mode="after")
     def _axes_and_seeds(self) -> Study:
         if self.columns not in self.axes:
             raise ValueError(f"columns is {self.columns!r}, must be one of the axes {', '.join(self.axes)}")
+        rows = ["-".join(row) for row in self.rows()]
+        if self.against is not None and self.against not in rows:
+            raise ValueError(f"against is {self.against!r}, must be one of the rows {', '.join(rows)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds}: one stands twice")
         taken = [axis for axis in self.axes if axis in (*BEFORE, *METRICS, *BEHIND)]

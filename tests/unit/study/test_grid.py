@@ -18,12 +18,13 @@ STUDIES = Path(__file__).parents[3] / "jobs/studies"
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("metric:", "metrics:", "study.yaml:5 metrics: unknown key; did you mean 'metric'? (allowed: name, run_root, job, set, seeds, metric, axes, columns, parallel)"),
+        ("metric:", "metrics:", "study.yaml:5 metrics: unknown key; did you mean 'metric'? (allowed: name, run_root, job, set, seeds, metric, axes, columns, against, parallel)"),
         ("metric: accuracy", "metric: acuracy", "study.yaml:5 metric: 'acuracy' is unknown; did you mean 'accuracy'? (choose one of accuracy, loss)"),
         ("seeds: [0, 1, 2]\n", "", "study.yaml:1 seeds: this key is required"),
         ("[0, 1, 2]", "[0, 1, 1]", "study.yaml:1: seeds [0, 1, 1]: one stands twice"),
         ("[0, 1, 2]", "[]", "study.yaml:4 seeds: list should have at least 1 item"),
         ("columns: sparsity", "columns: density", "study.yaml:1: columns is 'density', must be one of the axes sparsity, method"),
+        ("columns: sparsity", "columns: sparsity\nagainst: set", "study.yaml:1: against is 'set', must be one of the rows dense, rigl"),
         ("  method:", "  seed:", "study.yaml:1: axes: seed is a column of results.csv already"),
         ("rigl: [topology", "ri-gl: [topology", "study.yaml:12 axes.method.ri-gl.[key]: string should match pattern"),
         ('"80":', "80:", "study.yaml:8: the key '80' is not text; put it in quotes"),

@@ -94,3 +94,18 @@ def test_the_files(grid: Grid) -> None:
     }  # fmt: skip
     assert (grid.folder / "table.md").read_text() == report.table(grid, found)
     assert (grid.folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_differences_are_taken_seed_by_seed(write: Callable[..., Path]) -> None:
+    grid = build(write(("columns:", "against: dense\ncolumns:")))
+    found = _results(grid, {"80 dense": [0.90, 0.80, 0.70], "80 rigl": [0.91, 0.82, 0.73], "90 rigl": [0.89, 0.80]})
+    lines = report.table(grid, found).splitlines()
+    start = lines.index("Accuracy in %, difference from dense, mean ± standard error (number of seeds):")
+    assert lines[start + 2 : start + 6] == [
+        "| method | sparsity 80 | sparsity 90 | all |",
+        "|---|---|---|---|",
+        # of 1, 2, 3, of -1, 0, and of the five
+        "| rigl | +2.00 ± 0.58 (3) | -0.50 ± 0.50 (2) | +1.00 ± 0.71 (5) |",
+        "",
+    ]
+    assert "| rigl | missing | missing | missing |" in report.table(grid, {})
