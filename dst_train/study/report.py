@@ -17,6 +17,8 @@ from dst_train.study.results import Result
 from dst_train.study.schema import BEFORE, BEHIND, METRICS
 
 FILES = ("results.csv", "table.md", "plot.png")
+# As many as needed to tell lines apart that have one of the ten colours.
+MARKERS = "osD^v"
 SCALES = {"accuracy": 100.0, "loss": 1.0}
 DIGITS = {"accuracy": 2, "loss": 4}
 UNITS = {"accuracy": "Accuracy in %", "loss": "Loss"}
@@ -179,15 +181,24 @@ def _plot(grid: Grid, results: Mapping[str, Result]) -> bytes:
 
     study = grid.study
     columns, rows = list(study.axes[study.columns]), grid.study.rows()
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     for i, row in enumerate(rows):
-        shift = 0.05 * (i - (len(rows) - 1) / 2)
+        shift = 0.5 * ((i + 0.5) / len(rows) - 0.5)
         found = [(x, cell(grid, results, _point(grid, row, column), study.metric)) for x, column in enumerate(columns)]
         drawn = [(x + shift, c.mean, c.std or 0.0) for x, c in found if c is not None]
         if drawn:
             x, mean, std = zip(*drawn, strict=True)
-            axes.errorbar(x, mean, yerr=std, marker="o", markersize=4, capsize=3, linewidth=1.2, label=", ".join(row))
+            axes.errorbar(
+                x,
+                mean,
+                yerr=std,
+                marker=MARKERS[(i + i // 10) % len(MARKERS)],
+                markersize=5,
+                capsize=2,
+                linewidth=1,
+                label=", ".join(row),
+            )
     axes.set_xticks(range(len(columns)), columns)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_xlabel(study.columns)
@@ -195,7 +206,7 @@ def _plot(grid: Grid, results: Mapping[str, Result]) -> bytes:
     axes.set_title(f"{study.name}, {len(results)} of {len(grid.runs)} runs, mean ± standard deviation", fontsize=10)
     axes.grid(alpha=0.3)
     if results and any(rows):
-        axes.legend()
+        figure.legend(loc="outside right upper", fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
