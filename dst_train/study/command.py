@@ -61,7 +61,7 @@ def _run(grid: Grid, lock: int, command: Sequence[str]) -> int:
     failed: dict[str, str] = {}
     interrupted = False
     try:
-        with _sigterm_as_ctrl_c():
+        with _signals_as_ctrl_c():
             if pending:
                 _prepare(pending)
             with closing(workers.execute(pending, grid.study.parallel, lock=lock, command=command)) as over:
@@ -116,9 +116,12 @@ def _locked(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM too, and SIGINT also where a shell started this in the background, which has it ignored."""
+    watched = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in watched}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
