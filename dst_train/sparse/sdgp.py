@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from dst_train.sparse.layer import count_active
 
 
-class SdgpLinear(nn.Module):
+class SdgpLinear(nn.Linear):
     """`y = x W^T + b`, all dense. In the backward pass dx = prune(dy) W, while the gradients of W and b take dy as it is.
 
     prune keeps the N largest |dy| of each `size` adjacent outputs and multiplies by sum |dy| / sum |kept|, so that the mean
@@ -45,18 +44,14 @@ class SdgpLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
         if size < 1 or out_features % size:
             raise ValueError(f"size={size}: must divide out_features={out_features}")
-        self.in_features, self.out_features, self.size = in_features, out_features, size
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.size = size
         self.kept = count_active(1.0 - sparsity, size)
         self.num_units = self.num_final = in_features * out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -1.0 / math.sqrt(in_features), 1.0 / math.sqrt(in_features))
 
     @torch.no_grad()
     def load_dense_init(self, weight: Tensor, bias: Tensor | None) -> None:

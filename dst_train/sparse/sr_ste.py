@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from dst_train.sparse.layer import count_active
 
 
-class SrSteLinear(nn.Module):
+class SrSteLinear(nn.Linear):
     """`y = x (W * mask)^T + b`; mask keeps the N largest |W| of each `size` adjacent entries of a row, anew in every forward pass.
 
     All of W is trained. Its gradient is that of the masked weight, passed straight through, plus decay * (1 - mask) * W, which
@@ -49,20 +48,16 @@ class SrSteLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
         if size < 1 or in_features % size:
             raise ValueError(f"size={size}: must divide in_features={in_features}")
-        self.in_features, self.out_features, self.size = in_features, out_features, size
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.size = size
         self.kept = count_active(1.0 - sparsity, size)
         self.num_units = in_features * out_features
         self.num_final = self.num_units // size * self.kept
         self.decay = decay / accumulation
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -1.0 / math.sqrt(in_features), 1.0 / math.sqrt(in_features))
 
     @torch.no_grad()
     def load_dense_init(self, weight: Tensor, bias: Tensor | None) -> None:
