@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dst_train.topology.methods import METHODS
 
 GROW_SIGNALS = ("exact", "local")
-COLD_STARTS = ("mean", "zero")
+COLD_STARTS = ("zero", "mean")
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Settings:
     total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
     drop_fraction: share of the active units replaced at first, decayed by cosine.
     grow_signal: see `GrowthSignal`; `mest` and `dynadiag` take |gradient| from it.
-    cold_start: second moment of regrown units. `mean`: of the layer's surviving units. `zero`: Adam's step counter is shared,
-        so that their first steps are up to three times as long (SMET, arXiv 2606.00888).
+    cold_start: second moment of regrown units. `zero`: as Adam's step counter is shared, their first steps are up to three
+        times as long (SMET, arXiv 2606.00888); what is new catches up. `mean`: that of the layer's surviving units.
     gradient_weight: of `mest`, at least 0.
     gamma_sal: of `srigl`, in [0, 1]; 0 switches ablation off.
     channel_sparsity: of `chase`, the share of outputs without any weight after the last update, in [0, 1).
@@ -41,7 +41,7 @@ class Settings:
     until: float = 0.75
     drop_fraction: float = 0.3
     grow_signal: str = "exact"
-    cold_start: str = "mean"
+    cold_start: str = "zero"
     gradient_weight: float = 1.0
     gamma_sal: float = 0.3
     channel_sparsity: float = 0.5

@@ -47,7 +47,7 @@ def _start(
 @pytest.mark.parametrize("band", [1, 4])
 @pytest.mark.parametrize("method", ["set", "rigl"])
 def test_survivors_are_untouched_and_regrown_rows_are_reset(method: str, band: int) -> None:
-    model, topology, optimizer = _start(method, band=band)
+    model, topology, optimizer = _start(method, band=band, cold_start="mean")
     layers = [m for m in model if isinstance(m, DiagonalLinear)]
     _train(model, topology, optimizer, 1)
     seen: list[dict[str, Tensor]] = []
@@ -231,8 +231,8 @@ def test_an_update_tells_of_itself() -> None:
     assert all(change.grow_margin is None for change in random.layers)
 
 
-def test_a_cold_start_of_zero() -> None:
-    model, topology, optimizer = _start("set", every=2, cold_start="zero")
+def test_regrown_units_start_cold() -> None:
+    model, topology, optimizer = _start("set", every=2)
     before = model[0].offsets.clone()
     _train(model, topology, optimizer, 2)
     rows = model[0].offsets != before
@@ -266,7 +266,7 @@ def test_evaluation_between_steps_does_not_count() -> None:
             "method='magic': choose one of static, set, rigl, mest, cht, chts, srigl, chase, dynadiag",
         ),
         ({"grow_signal": "loud"}, "grow_signal='loud'"),
-        ({"cold_start": "warm"}, "cold_start='warm': choose one of mean, zero"),
+        ({"cold_start": "warm"}, "cold_start='warm': choose one of zero, mean"),
         ({"every": 0}, "every=0: must be at least 1"),
         ({"accumulation": 0}, "accumulation=0"),
         ({"total_steps": 0}, "total_steps=0"),
