@@ -282,16 +282,12 @@ class Job(Strict):
     monitor: Monitor = Monitor()
 
     @model_validator(mode="after")
-    def _alpha_needs_adam(self) -> Job:
+    def _what_does_not_go_together(self) -> Job:
         if self.topology.method == "dynadiag" and self.optimizer.name != "adamw":
             raise ValueError(
                 f"topology.method dynadiag with optimizer.name {self.optimizer.name}: the gradients of alpha have no scale "
                 "of their own, as only Adam can take them; use adamw"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _what_stage_0_cannot_do(self) -> Job:
         if self.train.precision == "bf16_params" and self.deepspeed.zero_optimization.stage == 0:
             raise ValueError(
                 "train.precision bf16_params with deepspeed.zero_optimization.stage 0 takes a false first optimiser step "
