@@ -50,11 +50,11 @@ data: install
 demo: data
 	deepspeed -q --num_gpus $(RANKS) --master_port $$($(FREE_PORT)) launch/train.py --job $(JOB) $(foreach s,$(SET),--set '$(s)')
 
-test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/unit
 
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses 2
 
 emulate: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OP_TESTS) --backend emulated

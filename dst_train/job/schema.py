@@ -119,8 +119,9 @@ class Topology(Strict):
     """`exact`: |mean gradient over ranks|, the same topology on any number of ranks. `local`: mean over ranks of |gradient|, cheaper."""
     gradient_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """`mest` drops the units with the smallest mean of |value| + gradient_weight * |gradient|."""
-    cold_start: Literal["zero", "mean"] = "zero"
-    """Second moment of regrown units: 0, with longer first steps, or the mean of the layer's surviving ones."""
+    cold_start: Annotated[float, Field(ge=0.0)] = 0.0
+    """Second moment of regrown units, as a multiple of the mean of the layer's surviving ones: 0 gives longer first steps, 1 equal
+    ones, more a warm-up."""
     gamma_sal: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
     """`srigl` ablates outputs with fewer than this share of their inputs salient; its paper has 0.95 for ViT. 0: none."""
     channel_sparsity: Share = 0.5

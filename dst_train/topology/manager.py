@@ -174,10 +174,7 @@ class Topology:
         if self._due and self._method is not None and (self._method.measures or self._ordered):
             assert self._editor is not None
             fraction = policy.cosine_drop_fraction(self.settings.drop_fraction, coming, self.settings.last_step)
-            self._weakest = {
-                name: permutation.weakest(layer, fraction, self._editor, self._ranks)
-                for name, layer in self._ordered.items()
-            }
+            self._weakest = permutation.weakest(self._ordered, fraction, self._editor, self._ranks)
             self._signal.start({name: chosen.positions for name, chosen in self._weakest.items()})
         if self._soft:
             temperature = policy.temperature(*self.settings.temperature, coming, self.settings.last_step)
@@ -198,7 +195,9 @@ class Topology:
         """gains: this rank's share. Returns how many inputs of each layer moved."""
         assert self._editor is not None
         return {
-            name: permutation.reorder(layer, self._weakest[name], self._ranks.sum_(gains[name]).cpu(), self._editor)
+            name: permutation.reorder(
+                layer, self._weakest[name], self._ranks.sum_(gains[name]).cpu(), self._editor, self.settings.cold_start
+            )
             for name, layer in self._ordered.items()
         }
 

@@ -8,6 +8,7 @@ hardened at the end (PA-DST, arXiv 2510.14812).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +30,23 @@ class Weakest:
     second_moment: float
 
 
-def weakest(layer: DiagonalLinear, drop_fraction: float, editor: ParameterEditor, ranks: Ranks) -> Weakest:
-    """The SHARE * drop_fraction of the positions with the smallest sum of |value|; equal ones in order. Collective."""
-    sums = ranks.sum_(editor.sums(layer.values, layer.position_of, layer.in_features)).cpu()
-    count = round(SHARE * drop_fraction * layer.in_features)
-    positions = sums[1].sort(stable=True).indices[:count].sort().values
-    return Weakest(positions, float(sums[2].sum()) / (layer.num_active * layer.unit_entries))
+def weakest(
+    layers: Mapping[str, DiagonalLinear], drop_fraction: float, editor: ParameterEditor, ranks: Ranks
+) -> dict[str, Weakest]:
+    """Of each layer the SHARE * drop_fraction of the positions with the smallest sum of |value|; equal ones in order.
+
+    Collective: one all-reduce for all layers.
+    """
+    if not layers:
+        return {}
+    shares = [editor.sums(layer.values, layer.position_of, layer.in_features) for layer in layers.values()]
+    whole = ranks.sum_(torch.cat(shares, 1)).cpu().split([layer.in_features for layer in layers.values()], 1)
+    result = {}
+    for (name, layer), sums in zip(layers.items(), whole, strict=True):
+        count = round(SHARE * drop_fraction * layer.in_features)
+        positions = sums[1].sort(stable=True).indices[:count].sort().values
+        result[name] = Weakest(positions, float(sums[2].sum()) / (layer.num_active * layer.unit_entries))
+    return result
 
 
 def hand_out(gains: Tensor) -> Tensor:
@@ -53,10 +65,10 @@ def hand_out(gains: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reorder(layer: DiagonalLinear, chosen: Weakest, gains: Tensor, editor: ParameterEditor) -> int:
+def reorder(layer: DiagonalLinear, chosen: Weakest, gains: Tensor, editor: ParameterEditor, cold_start: float) -> int:
     """Hands out the inputs of the chosen positions anew; returns how many moved. All ranks call it with the same arguments.
 
-    gains: float64 [n, n] on the CPU, of `DiagonalLinear.position_gains`, over all ranks.
+    gains: float64 [n, n] on the CPU, of `DiagonalLinear.position_gains`, over all ranks. cold_start: see `Settings`.
     """
     assert layer.order is not None
     given = chosen.positions[hand_out(gains)]
@@ -66,5 +78,5 @@ def reorder(layer: DiagonalLinear, chosen: Weakest, gains: Tensor, editor: Param
     layer.order.copy_(order)
     present = layer.elements(torch.nonzero(layer.units() >= 0).flatten())
     elements = present[torch.isin(layer.position_of(present), moved)]
-    editor.write(layer.values, elements, 0.0, chosen.second_moment)
+    editor.write(layer.values, elements, 0.0, cold_start * chosen.second_moment)
     return moved.numel()

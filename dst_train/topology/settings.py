@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dst_train.topology.methods import METHODS
 
 GROW_SIGNALS = ("exact", "local")
-COLD_STARTS = ("zero", "mean")
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Settings:
     total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
     drop_fraction: share of the active units replaced at first, decayed by cosine.
     grow_signal: see `GrowthSignal`; `mest` and `dynadiag` take |gradient| from it.
-    cold_start: second moment of regrown units. `zero`: as Adam's step counter is shared, their first steps are up to three
-        times as long (SMET, arXiv 2606.00888); what is new catches up. `mean`: that of the layer's surviving units.
+    cold_start: second moment of regrown units, as a multiple of the mean of the layer's surviving ones, at least 0. 0: as Adam's
+        step counter is shared, their first steps are up to three times as long (SMET, arXiv 2606.00888); what is new catches
+        up. 1: steps as long as the others'. More: a warm-up, as the first steps are divided by its root.
     gradient_weight: of `mest`, at least 0.
     gamma_sal: of `srigl`, in [0, 1]; 0 switches ablation off.
     channel_sparsity: of `chase`, the share of outputs without any weight after the last update, in [0, 1).
@@ -41,7 +42,7 @@ class Settings:
     until: float = 0.75
     drop_fraction: float = 0.3
     grow_signal: str = "exact"
-    cold_start: str = "zero"
+    cold_start: float = 0.0
     gradient_weight: float = 1.0
     gamma_sal: float = 0.3
     channel_sparsity: float = 0.5
@@ -53,7 +54,6 @@ class Settings:
         for name, choices in (
             ("method", ("static", *METHODS)),
             ("grow_signal", GROW_SIGNALS),
-            ("cold_start", COLD_STARTS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -63,8 +63,9 @@ class Settings:
         for name in ("until", "drop_fraction"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be in (0, 1]")
-        if not self.gradient_weight >= 0.0:
-            raise ValueError(f"gradient_weight={self.gradient_weight}: must be at least 0")
+        for name in ("cold_start", "gradient_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be finite and at least 0")
         if not 0.0 <= self.gamma_sal <= 1.0:
             raise ValueError(f"gamma_sal={self.gamma_sal}: must be in [0, 1]")
         if not 0.0 <= self.channel_sparsity < 1.0:

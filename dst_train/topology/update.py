@@ -133,7 +133,7 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
         # With nothing kept there is no better guess than what all had.
         survived = kept[held.clamp(min=0)] & (held >= 0) if bool(kept.any()) else held >= 0
         slots = layer.replace(dropped, grown)
-        second_moment = float(scores.second_moment[survived].mean()) if change.settings.cold_start == "mean" else 0.0
+        second_moment = change.settings.cold_start * float(scores.second_moment[survived].mean())
         editor.write(layer.stored, layer.elements(slots), 0.0, second_moment)
     if layer.alpha is not None and bool(kept.any()):
         alpha[grown] = alpha[kept].mean()

@@ -42,7 +42,7 @@ def _model(kind: str) -> nn.Sequential:
 def _topology(model: nn.Module, kind: str) -> Topology:
     share = 1.0 if kind == "permuted" else 0.3  # of 75 inputs, some are to move
     method = "dynadiag" if kind == "dynadiag" else "rigl"
-    return Topology(model, method=method, every=2, total_steps=12, drop_fraction=share, cold_start="mean")
+    return Topology(model, method=method, every=2, total_steps=12, drop_fraction=share, cold_start=1.0)
 
 
 def _parameters(model: nn.Module) -> dict[str, tuple[SparseLayer, nn.Parameter]]:

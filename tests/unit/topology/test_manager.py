@@ -47,7 +47,7 @@ def _start(
 @pytest.mark.parametrize("band", [1, 4])
 @pytest.mark.parametrize("method", ["set", "rigl"])
 def test_survivors_are_untouched_and_regrown_rows_are_reset(method: str, band: int) -> None:
-    model, topology, optimizer = _start(method, band=band, cold_start="mean")
+    model, topology, optimizer = _start(method, band=band, cold_start=3.0)
     layers = [m for m in model if isinstance(m, DiagonalLinear)]
     _train(model, topology, optimizer, 1)
     seen: list[dict[str, Tensor]] = []
@@ -97,7 +97,7 @@ def test_survivors_are_untouched_and_regrown_rows_are_reset(method: str, band: i
         # One rounding to fp32 of a mean taken in fp64.
         torch.testing.assert_close(
             after["exp_avg_sq"][rows].double(),
-            survivors.expand(int(rows.sum()), layer.values.shape[1]),
+            3.0 * survivors.expand(int(rows.sum()), layer.values.shape[1]),
             rtol=2**-23,
             atol=0,
         )
@@ -266,20 +266,20 @@ def test_evaluation_between_steps_does_not_count() -> None:
             "method='magic': choose one of static, set, rigl, mest, cht, chts, srigl, chase, dynadiag",
         ),
         ({"grow_signal": "loud"}, "grow_signal='loud'"),
-        ({"cold_start": "warm"}, "cold_start='warm': choose one of zero, mean"),
+        ({"cold_start": -1.0}, "cold_start=-1.0: must be finite and at least 0"),
         ({"every": 0}, "every=0: must be at least 1"),
         ({"accumulation": 0}, "accumulation=0"),
         ({"total_steps": 0}, "total_steps=0"),
         ({"until": 1.5}, r"until=1.5: must be in \(0, 1\]"),
         ({"drop_fraction": 0.0}, "drop_fraction=0.0"),
-        ({"gradient_weight": -1.0}, "gradient_weight=-1.0: must be at least 0"),
+        ({"gradient_weight": -1.0}, "gradient_weight=-1.0: must be finite and at least 0"),
         ({"gamma_sal": 1.5}, r"gamma_sal=1.5: must be in \[0, 1\]"),
         ({"channel_sparsity": 1.0}, r"channel_sparsity=1.0: must be in \[0, 1\)"),
         (
             {"method": "srigl"},
             "layer 0 has pattern='diagonal' and method='srigl' is for constant_fan_in; change the layer's",
         ),
-        ({"gradient_weight": float("nan")}, "gradient_weight=nan: must be at least 0"),
+        ({"gradient_weight": float("nan")}, "gradient_weight=nan: must be finite and at least 0"),
     ],
 )
 def test_bad_arguments_are_named(kwargs: dict, message: str) -> None:

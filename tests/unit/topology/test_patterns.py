@@ -85,7 +85,7 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_of_each_group(pattern: st
 
 
 def test_survivors_are_untouched() -> None:
-    layer, topology, optimizer = _start("unstructured", 1, "set", cold_start="mean")
+    layer, topology, optimizer = _start("unstructured", 1, "set", cold_start=1.0)
     seen: dict[str, Tensor] = {}
 
     def snapshot(*_: Any) -> None:

@@ -87,17 +87,21 @@ def test_the_weakest_positions_and_their_reordering_by_hand() -> None:
     layer(torch.randn(5, 20)).square().sum().backward()
     optimizer.step()
     editor, state = editor_for(optimizer), optimizer.state[layer.values]
-    chosen = weakest(layer, 1.0, editor, Ranks())
+    chosen = weakest({"other": DiagonalLinear(20, 20, sparsity=0.9), "layer": layer}, 1.0, editor, Ranks())["layer"]
     assert chosen.positions.tolist() == [3, 7]  # a tenth
     assert chosen.second_moment == pytest.approx(float(state["exp_avg_sq"].mean()))
     before = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
-    assert reorder(layer, chosen, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), editor) == 0
+    assert reorder(layer, chosen, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), editor, 3.0) == 0
     assert layer.order.tolist() == list(range(20))[::-1]
-    assert reorder(layer, chosen, torch.tensor([[1.0, 3.0], [2.0, 1.0]]), editor) == 2
+    assert reorder(layer, chosen, torch.tensor([[1.0, 3.0], [2.0, 1.0]]), editor, 3.0) == 2
     assert (layer.order[3], layer.order[7]) == (12, 16)
     assert layer.order.sort().values.tolist() == list(range(20))
     others = [p for p in range(20) if p not in (3, 7)]
-    for tensor, value in ((layer.values, 0.0), (state["exp_avg"], 0.0), (state["exp_avg_sq"], chosen.second_moment)):
+    for tensor, value in (
+        (layer.values, 0.0),
+        (state["exp_avg"], 0.0),
+        (state["exp_avg_sq"], 3.0 * chosen.second_moment),
+    ):
         torch.testing.assert_close(tensor[:, [3, 7]], torch.full((2, 2), value))
     assert all(torch.equal(state[key][:, others], old[:, others]) for key, old in before.items())
 
@@ -108,7 +112,7 @@ def test_free_slots_stay_zero() -> None:
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.randn(5, 20)).square().sum().backward()
     optimizer.step()
-    reorder(layer, Weakest(torch.tensor([0, 1]), 0.5), torch.eye(2).flip(0), editor_for(optimizer))
+    reorder(layer, Weakest(torch.tensor([0, 1]), 0.5), torch.eye(2).flip(0), editor_for(optimizer), 1.0)
     assert not optimizer.state[layer.values]["exp_avg_sq"].view(4, 20)[:2].eq(0.5).any()
 
 
