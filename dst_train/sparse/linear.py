@@ -158,8 +158,8 @@ class DiagonalLinear(SparseLayer):
         return present.to(gradient.dtype).t() @ gradient[:, positions].abs()
 
     def reset_parameters(self) -> None:
-        """nn.Linear's uniform initialisation, with the mean number of active inputs of an output in place of in_features."""
-        bound = 1.0 / math.sqrt(self.in_features * self.num_start / self.num_units)
+        """nn.Linear's uniform initialisation, with the mean number of inputs of an output that stay in place of in_features."""
+        bound = 1.0 / math.sqrt(self.in_features * self._initial_density())
         nn.init.uniform_(self.values, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1.0 / math.sqrt(self.in_features), 1.0 / math.sqrt(self.in_features))
@@ -168,13 +168,18 @@ class DiagonalLinear(SparseLayer):
     def load_dense_init(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take over a dense layer's *initialisation*: its entries on the active diagonals, scaled by 1/sqrt(density).
 
-        The scale makes up for the smaller fan-in, so that the variance of the output equals the dense layer's.
+        The scale makes up for the smaller fan-in, so that the variance of the output equals the dense layer's once all but
+        the units that stay are gone; scaled by what is there at first, these would stay too small (docs/dynadiag.md). The soft
+        gate, small at first, starts from the dense layer's own variance, as in the paper's released code.
         weight: [out_features, in_features]; bias: [out_features] or None.
         """
         values = dst_ops.from_dense(self.arrange(weight), self.offsets, band=self.band)
-        self.values.copy_(values / math.sqrt(self.num_start / self.num_units))
+        self.values.copy_(values / math.sqrt(self._initial_density()))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
+
+    def _initial_density(self) -> float:
+        return self.num_start / self.num_units if self.gate == "soft" else self.density
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""

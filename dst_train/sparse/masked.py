@@ -136,7 +136,7 @@ class MaskedLinear(SparseLayer):
     @torch.no_grad()
     def load_dense_init(self, weight: Tensor, bias: Tensor | None) -> None:
         """As `DiagonalLinear.load_dense_init`: the entries of the active units, scaled by 1/sqrt(density)."""
-        self.weight.copy_(weight * self.mask / math.sqrt(self.num_start / self.num_units))
+        self.weight.copy_(weight * self.mask / math.sqrt(self.density))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
