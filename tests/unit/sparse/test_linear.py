@@ -73,15 +73,26 @@ def test_bad_arguments_are_named(kwargs: dict, message: str) -> None:
         DiagonalLinear(**kwargs)
 
 
+@pytest.mark.parametrize("explore", [1.0, 2.0])
 @pytest.mark.parametrize("out_features", [512, 2048, 128])
-def test_output_variance_equals_the_dense_layers(out_features: int) -> None:
+def test_output_variance_equals_the_dense_layers(out_features: int, explore: float) -> None:
+    """Once what explores is gone."""
     torch.manual_seed(0)
     dense = nn.Linear(512, out_features, bias=False)
-    sparse = DiagonalLinear(512, out_features, sparsity=0.9, bias=False)
+    sparse = DiagonalLinear(512, out_features, sparsity=0.9, bias=False, explore=explore)
     sparse.load_dense_init(dense.weight, None)
+    surplus = sparse.units()[torch.randperm(sparse.num_start)[sparse.num_final :]]
+    sparse.replace(surplus, torch.tensor([], dtype=torch.int64))
     x = torch.randn(512, 512)
     # The variance is estimated from 512 * out_features outputs and from about 51 weights a row: 10 % is over 3 sigma.
     assert math.isclose(sparse(x).var().item(), dense(x).var().item(), rel_tol=0.1)
+
+
+def test_the_soft_gate_starts_from_the_dense_layers_values() -> None:
+    layer = DiagonalLinear(8, 8, sparsity=0.5, explore=math.inf, gate="soft")
+    weight = torch.randn(8, 8)
+    layer.load_dense_init(weight, None)
+    assert torch.equal(layer.to_dense(), weight * 0.5)  # by the gates, 4 / 8
 
 
 def test_no_tensor_has_the_size_of_the_dense_weight() -> None:

@@ -101,8 +101,9 @@ def test_forward_gradient_and_scores() -> None:
     torch.testing.assert_close(doubled, 2 * expected, rtol=1e-5, atol=1e-5)
 
 
-def test_initial_values_keep_the_variance_and_are_zero_where_absent() -> None:
-    layer = _layer("unstructured")
+@pytest.mark.parametrize("explore", [1.0, 2.0])
+def test_initial_values_have_the_variance_of_those_that_stay_and_are_zero_where_absent(explore: float) -> None:
+    layer = _layer("unstructured", explore=explore)
     weight = torch.randn(12, 8)
     layer.load_dense_init(weight, torch.ones(12))
     torch.testing.assert_close(layer.weight, weight * 2 * layer.mask)
