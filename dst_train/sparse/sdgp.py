@@ -15,8 +15,8 @@ class SdgpLinear(nn.Linear):
 
     prune keeps the N largest |dy| of each `size` adjacent outputs and multiplies by sum |dy| / sum |kept|, so that the mean
     magnitude stays; as in the authors' code (`maxnorm`) the sums are of one sample and output. There they run over the positions
-    of an image; my reading for a linear layer is the dimensions between the first and the last of dy, such as tokens. Without
-    them a sum has one term and nothing is rescaled. It is computed with dense products: a baseline for accuracy, not for speed.
+    of an image, here over the dimensions between the first and the last of dy, such as tokens. Without them a sum has one
+    term and nothing is rescaled. It is computed with dense products: a baseline for accuracy, not for speed.
 
     Attributes:
         weight: Parameter [out_features, in_features].

@@ -69,7 +69,7 @@ def _trainer(max_skipped_steps: int) -> tuple[Trainer, list[str]]:
         train={"epochs": 1, "batch_size": 10, "micro_batch_size": 5, "max_skipped_steps": max_skipped_steps},
         schedule={},
     )
-    session: Any = SimpleNamespace(engine=None)
+    session: Any = SimpleNamespace(engine=SimpleNamespace(module=nn.Identity()))
     monitor: Any = SimpleNamespace(message=said.append)
     trainer = Trainer(job, BatchPlan.of(job, 1), session, monitor, save=lambda step: None, stop_requested=lambda: False)
     return trainer, said
