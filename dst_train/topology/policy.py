@@ -50,18 +50,21 @@ def lowest(scores: Tensor, among: Tensor, count: int, groups: int = 1) -> tuple[
     """The `count` units of each group with the lowest scores, and how clear the cut was; equal scores go to the lower unit.
 
     scores: [num_units], among: bool [num_units], the candidates, at least `count` in each group. Returns units, int64,
-    best first within a group, and the smallest `margin` over the groups; None where a group had no choice.
+    ascending, and the smallest `margin` over the groups; None where a group had no choice.
     """
-    ordered, order = scores.masked_fill(~among, math.inf).view(groups, -1).sort(dim=1, stable=True)
-    start = torch.arange(groups)[:, None] * order.shape[1]
-    chosen = (order[:, :count] + start).flatten()
-    if count == 0 or count == order.shape[1]:
-        return chosen, None
-    last, following = ordered[:, count - 1], ordered[:, count]
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64), None
+    # By selection: sorting all entries of a masked layer takes three times as long.
+    candidates = scores.masked_fill(~among, math.inf).view(groups, -1)
+    last = candidates.kthvalue(count, dim=1, keepdim=True).values
+    chosen, tied = candidates < last, candidates == last
+    chosen |= tied & (tied.cumsum(1) <= count - chosen.sum(1, keepdim=True))
+    units = torch.nonzero(chosen.flatten()).flatten()
+    following = candidates.masked_fill(chosen, math.inf).amin(1, keepdim=True)
     if not bool(following.isfinite().all()):
-        return chosen, None
+        return units, None
     larger = torch.maximum(last.abs(), following.abs())
-    return chosen, float(((following - last) / larger.where(larger > 0, 1.0)).min())
+    return units, float(((following - last) / larger.where(larger > 0, 1.0)).min())
 
 
 def highest(scores: Tensor, among: Tensor, count: int, groups: int = 1) -> tuple[Tensor, float | None]:

@@ -153,7 +153,7 @@ def _choose(units: Units) -> tuple[Tensor, Tensor, float | None, float | None]:
     left = replace(units, active=active.index_fill(0, dropped, False))
     wish = method.grow(left) if method.grow else policy.random_scores(active.numel(), change.key)
     grown, grow_margin = policy.highest(wish, ~active, change.grow, units.groups)
-    return dropped.sort().values, grown.sort().values, drop_margin, grow_margin if method.grow else None
+    return dropped, grown, drop_margin, grow_margin if method.grow else None
 
 
 def describe(name: str, layer: SparseLayer, changed: Changed, history: telemetry.History, step: int) -> LayerUpdate:

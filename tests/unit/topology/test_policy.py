@@ -45,7 +45,7 @@ def test_lowest_breaks_ties_by_unit_and_tells_the_margin() -> None:
     units, margin = policy.lowest(scores, _all_but(6, 1), 2)
     assert (units.tolist(), margin) == ([2, 3], 0.0)
     units, margin = policy.lowest(scores, _all_but(6, 1), 4)
-    assert (units.tolist(), margin) == ([2, 3, 5, 0], 0.25)
+    assert (units.tolist(), margin) == ([0, 2, 3, 5], 0.25)
     assert policy.lowest(scores, _all_but(6, 1), 5)[1] is None  # nothing is passed over
     assert policy.lowest(scores, _all_but(6, 1), 0)[1] is None
 
@@ -53,7 +53,7 @@ def test_lowest_breaks_ties_by_unit_and_tells_the_margin() -> None:
 def test_highest_breaks_ties_by_unit() -> None:
     scores = _numbers(9.0, 5.0, 7.0, 5.0, 7.0, 1.0)
     units, margin = policy.highest(scores, _all_but(6, 0), 3)
-    assert (units.tolist(), margin) == ([2, 4, 1], 0.0)
+    assert (units.tolist(), margin) == ([1, 2, 4], 0.0)
     assert policy.highest(scores, _all_but(6, 0), 2)[1] == pytest.approx(2 / 7)
 
 
