@@ -136,10 +136,11 @@ class Trainer:
 
     def _switch_low_rank(self) -> None:
         """Before `sparsity.low_rank.start` the path is not computed; a pure function of the step, as the learning rate."""
-        if self._low_rank:
-            assert self._job.sparsity is not None and self._job.sparsity.low_rank is not None
-            for module in self._low_rank:
-                module.active = self.step >= self._job.sparsity.low_rank.start * self._plan.total_steps
+        sparsity = self._job.sparsity
+        if sparsity is None or sparsity.low_rank is None:
+            return
+        for module in self._low_rank:
+            module.active = self.step >= sparsity.low_rank.start * self._plan.total_steps
 
     def _reduce(self, totals: torch.Tensor, rate: float) -> tuple[dict[str, float], bool]:
         """One small all-reduce a step carries metrics and flags; DeepSpeed's overflow check waits for the device anyway."""
