@@ -9,8 +9,8 @@ import weakref
 import pytest
 
 from dst_train.job import BatchPlan
-from tests.dist.ranks import run_ranks
-from tests.dist.test_config import _job
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_config import _job
 
 
 def _sessions() -> list[tuple[int, bool, int, int]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dst_train.sparse import sparse_layers, sparsify
 from dst_train.topology import Topology
-from tests.dist.ranks import run_ranks
+from tests.distributed.ranks import run_ranks
 
 STEPS, BATCH, WORLD, ACCUMULATION = 6, 16, 2, 2
 STAGES = (1, 3)
@@ -84,7 +84,10 @@ def _run() -> dict[tuple[int, str], Result]:
                 "train_batch_size": BATCH,
                 "train_micro_batch_size_per_gpu": BATCH // world_size // ACCUMULATION,
                 "gradient_accumulation_steps": ACCUMULATION,
-                "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
+                "zero_optimization": {
+                    "stage": stage,
+                    **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+                },
                 "steps_per_print": 2**31,
             }
             model = _model(method)

@@ -11,7 +11,7 @@ from torch import nn
 
 from dst_train.sparse import sparse_layers, sparsify
 from dst_train.topology import Topology, TopologyMismatchError
-from tests.dist.ranks import run_ranks
+from tests.distributed.ranks import run_ranks
 
 GLOBAL_BATCH, MICRO_BATCH, UPDATES = 16, 4, 20
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dst_train.sparse import SparseLayer, sparse_layers, sparsify
 from dst_train.topology import Topology
-from tests.dist.ranks import run_ranks
+from tests.distributed.ranks import run_ranks
 
 STEPS, BATCH, WORLD = 6, 12, 2
 PRECISIONS = ("fp32", "bf16", "bf16_params")

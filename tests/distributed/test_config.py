@@ -8,7 +8,7 @@ import pytest
 
 from dst_train.engine import compile_config
 from dst_train.job import BatchPlan, Job
-from tests.dist.ranks import run_ranks
+from tests.distributed.ranks import run_ranks
 
 
 def _job(precision: str, stage: int) -> Job:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dst_train.sparse import LowRank, sparsify
-from tests.dist.ranks import run_ranks
+from tests.distributed.ranks import run_ranks
 
 STEPS, START, BATCH, WORLD = 6, 4, 12, 2
 States = list[dict[str, Tensor]]
