@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dst_train.sparse import DiagonalLinear, SparseLayer, sparse_layers
@@ -194,12 +195,18 @@ class Topology:
     def _reorder(self, gains: dict[str, Tensor]) -> dict[str, int]:
         """gains: this rank's share. Returns how many inputs of each layer moved."""
         assert self._editor is not None
-        return {
-            name: permutation.reorder(
-                layer, self._weakest[name], self._ranks.sum_(gains[name]).cpu(), self._editor, self.settings.cold_start
+        if not self._ordered:
+            return {}
+        pieces = [gains[name] for name in self._ordered]
+        whole = self._ranks.sum_(torch.cat([piece.flatten() for piece in pieces])).cpu()
+        moved = {}
+        for (name, layer), piece, total in zip(
+            self._ordered.items(), pieces, whole.split([piece.numel() for piece in pieces]), strict=True
+        ):
+            moved[name] = permutation.reorder(
+                layer, self._weakest[name], total.view_as(piece), self._editor, self.settings.cold_start
             )
-            for name, layer in self._ordered.items()
-        }
+        return moved
 
     def _update(self) -> TopologyUpdate:
         assert self._editor is not None
