@@ -79,6 +79,9 @@ def _product(
     rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
     if kernel == "dense":
         weight = torch.ops.dst_ops.cuda_weight(values, offsets, rows, columns, band)
+        if before is not None:
+            _linear_into(before, x, weight, bias)
+            return F.gelu(before)
         y = x @ weight if transposed else F.linear(x, weight, bias)
     elif transposed:
         y = reference.linear_transposed(x, values, offsets, outputs, band)
@@ -87,6 +90,14 @@ def _product(
     if before is not None:
         before.copy_(y)
     return F.gelu(y) if gelu else y
+
+
+def _linear_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    if bias is None:
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:

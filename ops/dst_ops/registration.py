@@ -109,14 +109,18 @@ def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     x, values, offsets, _, ctx.band, bias, ctx.keep = inputs
     ctx.save_for_backward(x, values, offsets, output[1])
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)  # nobody uses `before`: zeros for it would be written, read and added
 
 
-def _gelu_backward(ctx: Any, dy: Tensor, dbefore: Tensor) -> tuple[Tensor | None, ...]:
+def _gelu_backward(ctx: Any, dy: Tensor | None, dbefore: Tensor | None) -> tuple[Tensor | None, ...]:
     if not ctx.keep:
         raise RuntimeError("dst_ops.linear_gelu: keep is False, expected True where a gradient is taken")
     x, values, offsets, before = ctx.saved_tensors
-    dbefore = dbefore + torch.ops.aten.gelu_backward(dy, before)
-    return (*_gradients(ctx, dbefore, x, values, offsets), None)
+    parts = [dbefore, None if dy is None else torch.ops.aten.gelu_backward(dy, before)]
+    there = [part for part in parts if part is not None]
+    if not there:
+        return (None,) * 7
+    return (*_gradients(ctx, there[0] if len(there) == 1 else there[0] + there[1], x, values, offsets), None)
 
 
 def _transposed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

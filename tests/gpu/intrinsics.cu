@@ -4,7 +4,7 @@
 namespace dst_ops {
 namespace {
 
-constexpr int results = 20;  // words a lane
+constexpr int results = 21;  // words a lane
 
 // a [16, 16], b [16, 8] of T. out [32, results]: see tests/gpu/test_intrinsics.py for which word is what.
 template <typename T>
@@ -38,6 +38,7 @@ __global__ void run_intrinsics(const T* a, const T* b, uint32_t* out) {
   out[lane * results + 17] = __ballot_sync(~0u, lane % 3 == 0);
   const uint4 q = load_shared(as + lane * 8);
   out[lane * results + 18] = q.x ^ q.w;
+  out[lane * results + 20] = __shfl_sync(~0u, fa[0], lane / 2) + __ffs(lane << 3) + thread_again();
   out[lane * results + 19] = pair(wide(as[lane]), wide(as[lane + 1]), T());
 }
 

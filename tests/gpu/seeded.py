@@ -73,10 +73,11 @@ CHECKS: dict[str, list[Callable[[], bool]]] = {
         for tokens, dtype in ((3, BF16), (40, HALF))
         for case in ((96, 64, 3, 8), (64, 96, 3, 16), (192, 128, 2, 32), (64, 192, 2, 64))
     ],
-    # So many features that a tile of tokens does not fit: the other kernel. Several bands, so that windows follow each other.
+    # So many features that a tile of tokens does not fit: the other kernel. Several bands, so that windows follow each other;
+    # more than 32, of which a warp's lanes know one each at a time.
     "band_stream": [
         partial(_product, "band", *case, 40, BF16)
-        for case in ((128, 1024, 4, 8), (1024, 1032, 5, 24), (1088, 1024, 4, 64))
+        for case in ((128, 1024, 4, 8), (1024, 1032, 5, 24), (1088, 1024, 4, 64), (64, 1024, 40, 8))
     ],
     "band_gradient": [
         partial(_gradient, "band", *case, 100, BF16) for case in ((96, 64, 3, 8), (64, 96, 3, 16), (192, 128, 2, 64))

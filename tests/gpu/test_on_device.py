@@ -102,21 +102,25 @@ def test_a_training_step_is_captured() -> None:
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+# Our kernels alone: racecheck does not get through a product of cuBLAS on an H200.
 SANITIZED = """
 import torch
 import dst_ops
 from dst_ops import cuda, routes
 from tests.unit.ops.oracle import case
 torch.set_default_device("cuda")
-for kernel in routes.KERNELS:
-    cuda.choose = lambda call, *rest: routes.Choice(kernel, "the test's")
-    cuda._choice.cache_clear()
-    for shape in ((96, 64, 2, 16), (64, 96, 2, 8), (128, 128, 2, 32), (1024, 904, 1, 64)):
-        for rows in (3, 70):
-            c = case(*shape, torch.bfloat16, (rows,))
+for shape in ((96, 64, 2, 16), (64, 96, 2, 8), (128, 128, 2, 32), (1024, 904, 1, 64)):
+    for rows in (1, 3, 70):
+        c = case(*shape, torch.bfloat16, (rows,))
+        for kernel in ("scalar", "band"):
+            cuda.choose = lambda call, *rest: routes.Choice(kernel, "the test's")
+            cuda._choice.cache_clear()
             x, values = c["x"].requires_grad_(), c["values"].requires_grad_()
             y = dst_ops.diagonal_linear(x, values, c["offsets"], c["bias"], **c["sizes"])
             torch.autograd.grad(y, (x, values), c["dy"])
+    m, n, _, band = shape
+    weight = torch.ops.dst_ops.cuda_weight(values.detach(), c["offsets"], m, n, band)
+    torch.ops.dst_ops.cuda_diagonals(weight.float(), c["offsets"], band)
 torch.cuda.synchronize()
 """
 

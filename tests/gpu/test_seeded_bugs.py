@@ -93,7 +93,7 @@ BUGS = [
     _bug(
         "no barrier before a window is filled again",
         "band_stream", DIFFERS, "band_product.h",
-        "    __syncthreads();\n    u = following;", "    u = following;",
+        "    __syncthreads();\n  }\n  copies_wait<0>();", "  }\n  copies_wait<0>();",
     ),
     _bug(
         "one window's wait too few",
@@ -109,6 +109,16 @@ BUGS = [
         "no __syncwarp before the list is read",
         "scalar_product", DIFFERS, "scalar.h",
         "row - lane, s);\n      __syncwarp();", "row - lane, s);",
+    ),
+    _bug(
+        "no barrier after rows are staged",
+        "scalar_product", DIFFERS, "scalar.h",
+        "first_token, pitch, s);\n      __syncthreads();", "first_token, pitch, s);",
+    ),
+    _bug(
+        "sums written over rows that are still read",
+        "scalar_product", DIFFERS, "scalar.h",
+        "  __syncthreads();\n  float* sums", "  float* sums",
     ),
     _bug(
         "a barrier that part of the block meets",
@@ -137,9 +147,14 @@ BUGS = [
         "    while (block >= s.blocks) block -= s.blocks;", "",
     ),
     _bug(
+        "sub-bands beyond the first 32 left out",
+        "band_stream", DIFFERS, "band.h",
+        "      begin += 32;\n", "      begin += 64;\n",
+    ),
+    _bug(
         "no instruction for a block without a partner",
         "band_resident", DIFFERS, "band.h",
-        "else if (rows_meet<W>(n, 2 * Pair + 1)) mma_k8", "else if (false) mma_k8",
+        "else if (second) mma_k8", "else if (false) mma_k8",
     ),
     _bug(
         "corners of the parallelogram not zero",
@@ -176,7 +191,7 @@ BUGS = [
     _bug(
         "tokens stored beyond the last, scalar",
         "scalar_product", OVERFLOW, "scalar.h",
-        "if (first_token + e < s.tokens) {", "{",
+        "if (first_token + e >= s.tokens) return;", "",
         sanitized=True,
     ),
     _bug(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,25 +22,27 @@ BAND = 16
 pytestmark = pytest.mark.cuda_only
 
 
-def _model() -> nn.Module:
+@pytest.fixture(autouse=True)
+def device(pytestconfig: pytest.Config) -> Iterator[str]:
+    """Where the model is trained; it is made on the CPU, as everywhere."""
+    with torch.device("cpu"):
+        yield "cuda" if pytestconfig.getoption("--backend") == "cuda" else "cpu"
+
+
+def _model(device: str) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
     model = timm.models.VisionTransformer(**sizes)
     rules = [{"match": f"blocks.*.{name}", "sparsity": 0.7, "band": BAND} for name in ("attn.proj", "mlp.fc*")]
     report = sparsify(model, rules)
     assert len(report.layers) == 6
-    return model.to(torch.get_default_device())
-
-
-def _batch() -> tuple[Tensor, Tensor]:
-    g = torch.Generator("cpu").manual_seed(1)
-    images = torch.randn(8, 3, 32, 32, generator=g, device="cpu")
-    return images.to(torch.get_default_device()), torch.arange(8) % 10
+    return model.to(device)
 
 
 def _loss(model: nn.Module, low_precision: bool) -> Tensor:
-    images, labels = _batch()
-    images = images.to(next(model.parameters()).dtype)
+    weight = next(model.parameters())
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(weight)
+    labels = torch.arange(8, device=weight.device) % 10
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=low_precision):
         return F.cross_entropy(model(images), labels)
 
@@ -63,9 +66,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return seen
 
 
-def test_gradients(used: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients(used: set[tuple[str, str]], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all parameters: at most twice as far from fp64 as with the definition of the op in bf16, and a rounding."""
-    model = _model()
+    model = _model(device)
     ours = _gradients(model, low_precision=True)
     assert used == {("band", "product"), ("band", "gradient")}
     truth = _gradients(copy.deepcopy(model).double(), low_precision=False)
@@ -77,12 +80,14 @@ def test_gradients(used: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) 
         assert (got.double() - exact).abs().max() <= bound
 
 
-def test_training_with_topology_updates(used: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_with_topology_updates(
+    used: set[tuple[str, str]], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # On a GPU torch's own convolution and attention may add in another order each time.
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     runs = []
     for _ in range(2):
-        model = _model()
+        model = _model(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         topology = Topology(model, method="rigl", every=3, total_steps=12, drop_fraction=0.5).bind(optimizer)
         losses, updates = [], []

@@ -39,6 +39,8 @@ inline __half __float2half_rn(float v) { return {c10::Half(v).x}; }
 inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
 inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
 
 #define __global__
 #define __device__
@@ -145,6 +147,8 @@ inline unsigned __ballot_sync(unsigned, bool v) {
   return emulator::together(v, [](auto at) { unsigned mask = 0; for (int i = 0; i < 32; ++i) mask |= unsigned(at(i)) << i; return mask; });
 }
 template <typename T>
+T __shfl_sync(unsigned, T v, int lane) { return emulator::together(v, [lane](auto at) { return at(lane); }); }
+template <typename T>
 T __shfl_xor_sync(unsigned, T v, int mask) { return emulator::together(v, [mask](auto at) { return at(emulator::current->lane ^ mask); }); }
 
 namespace dst_ops {
@@ -223,6 +227,10 @@ inline void copy_async(void* shared, const void* global, bool present) {
   if (emulator::state.order == 2) make_copy(copy);
   else emulator::current->copies.back().push_back(copy);
 }
+inline int thread_again() { return int(threadIdx.x); }
+// One kernel runs at a time.
+inline void let_next_begin() {}
+inline void await_previous() {}
 inline void copies_commit() { emulator::current->copies.emplace_back(); }
 template <int Left>
 void copies_wait() {

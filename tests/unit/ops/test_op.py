@@ -101,6 +101,21 @@ def test_gelu_behind_the_product(shape: tuple[int, int, int, int], dtype: torch.
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("used", [(False, True), (True, True)], ids=["before", "both"])
+def test_gradients_through_what_the_gelu_was_applied_to(used: tuple[bool, bool]) -> None:
+    c = case(48, 32, 2, 8, torch.float32)
+    x, values, bias = (c[k].requires_grad_() for k in ("x", "values", "bias"))
+    outputs = torch.ops.dst_ops.linear_gelu(x, values, c["offsets"], 48, 8, bias, True)
+    before = dst_ops.diagonal_linear(x, values, c["offsets"], bias, **c["sizes"])
+    expected = [F.gelu(before), before]
+    chosen = [(a, b) for a, b, taken in zip(outputs, expected, used, strict=True) if taken]
+    got = torch.autograd.grad([a for a, _ in chosen], (x, values, bias), [c["dy"]] * len(chosen))
+    wanted = torch.autograd.grad([b for _, b in chosen], (x, values, bias), [c["dy"]] * len(chosen))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_non_contiguous_inputs() -> None:
     c = case(24, 60, 9, 1, torch.float32, (6, 8))
     whole = _actual(c)

@@ -26,52 +26,52 @@ struct Tile {
   int bytes(int in) const { return 16 * m * token_warps * band_pitch(in / 8 + 1) * 2; }
 };
 
-// 64 tokens if two blocks then fit a processor, so that one computes while the other loads. With few tokens, as many blocks as
-// there are rows for. Otherwise a tile would have few tokens, and reading the weights for each would take the time.
+// With few tokens, as many blocks as there are rows for. 64 tokens as long as their tiles leave processors free and two blocks fit one:
+// blocks that stream are larger, and with many tokens quicker, as they share out the weights among more of them.
 Tile tile_of(const Sizes& s, const Device& device) {
   const Tile many{2, 2}, some{2, 1}, few{1, 1};
   if (s.tokens <= 16 && few.bytes(s.in) <= device.shared_memory) return few;
   if (s.tokens <= 32 && some.bytes(s.in) <= device.shared_memory) return some;
-  if (many.bytes(s.in) <= device.shared_memory / 2 - 1024) return many;
+  if (s.tokens <= 64 * many_blocks / 2 && many.bytes(s.in) <= device.shared_memory / 2 - 1024) return many;
   return {0, 0};
 }
 
 template <typename T, int W, int M, bool Scatter>
-void launch_resident(const Tensor& x, const Tensor& packed, const Tensor& offsets, Output& o, const BandSizes& s, const Tile& tile, const Device& device) {
+void launch_resident(const Tensor& x, const Packed& packed, Output& o, const BandSizes& s, const Tile& tile, const Device& device) {
   const auto kernel = band_resident<T, W, M, Scatter>;
   const int bytes = tile.bytes(s.in);
   allow_shared(kernel, bytes);
-  const int64_t tiles = ceil_div(s.tokens, 16 * M * tile.token_warps), row_blocks = ceil_div(s.out, band_rows * (band_warps / tile.token_warps));
+  const int64_t tiles = ceil_div(s.tokens, 16 * M * tile.token_warps), row_blocks = ceil_div(s.out, band_rows * (resident_warps / tile.token_warps));
   const int64_t wanted = std::max<int64_t>(1, many_blocks / tiles);
-  DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min(row_blocks, wanted))), dim3(band_warps * 32), bytes, device.stream, read<T>(x),
-                 reinterpret_cast<const uint4*>(packed.const_data_ptr()), read<int>(offsets), bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, band_pitch(s.present_blocks + 1), tile.token_warps, o.gelu);
+  launch_early(kernel, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min(row_blocks, wanted))), dim3(resident_warps * 32), bytes, device, read<T>(x), packed, bias_of<T>(o),
+               write<T>(o.y), before_of<T>(o), s, band_pitch(s.present_blocks + 1), tile.token_warps, o.gelu);
   check_launch();
 }
 
 template <typename T, int W, bool Scatter>
-void launch_stream(const Tensor& x, const Tensor& packed, const Tensor& offsets, Output& o, const BandSizes& s, const Device& device) {
+void launch_stream(const Tensor& x, const Packed& packed, Output& o, const BandSizes& s, const Device& device) {
   const auto kernel = band_stream<T, W, Scatter>;
   constexpr int bytes = StreamLayout<W>::bytes;
   STD_TORCH_CHECK(bytes <= device.shared_memory, "dst_ops: the band kernel takes ", bytes, " bytes of shared memory, the device has ", device.shared_memory);
   allow_shared(kernel, bytes);
   const int64_t row_blocks = ceil_div(s.out, band_rows * stream_tiles), tiles = ceil_div(s.tokens, stream_tokens);
   STD_TORCH_CHECK(row_blocks * tiles < int64_t(1) << 31, "dst_ops: ", s.tokens, " tokens are too many for a call");
-  DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(row_blocks * tiles)), dim3(band_warps * 32), bytes, device.stream, read<T>(x),
-                 reinterpret_cast<const uint4*>(packed.const_data_ptr()), read<int>(offsets), bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, static_cast<int>(row_blocks), o.gelu);
+  launch_early(kernel, dim3(static_cast<unsigned>(row_blocks * tiles)), dim3(stream_warps * 32), bytes, device, read<T>(x), packed, bias_of<T>(o), write<T>(o.y), before_of<T>(o), s,
+               static_cast<int>(row_blocks), o.gelu);
   check_launch();
 }
 
 template <typename T, int W, bool Scatter>
 void product(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& plain, const Device& device) {
   const BandSizes s = band_sizes<W>(plain);
-  const int64_t words = int64_t(s.sub_bands) * s.tiles * 8 * band_blocks<W> * 32;
-  Tensor packed = torch::stable::new_empty(x, {words}, ScalarType::Int);
-  DST_OPS_LAUNCH((band_pack<T, W, Scatter>), dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(words, 256), 65535))), dim3(256), 0, device.stream, read<T>(values), read<int>(offsets),
-                 reinterpret_cast<uint32_t*>(packed.mutable_data_ptr()), s);
+  const int64_t words = int64_t(s.sub_bands) * s.tiles * band_quads<W> * 32 * 4;
+  Tensor memory = torch::stable::new_empty(x, {words + s.sub_bands}, ScalarType::Int);
+  const Packed packed{static_cast<uint32_t*>(memory.mutable_data_ptr()), static_cast<int*>(memory.mutable_data_ptr()) + words};
+  DST_OPS_LAUNCH((band_pack<T, W, Scatter>), dim3(s.tiles, std::min(s.sub_bands, 65535)), dim3(256), 0, device.stream, read<T>(values), read<int>(offsets), packed, s);
   check_launch();
   const Tile tile = tile_of(s, device);
-  if (tile.m == 0) launch_stream<T, W, Scatter>(x, packed, offsets, o, s, device);
-  else (tile.m == 2 ? launch_resident<T, W, 2, Scatter> : launch_resident<T, W, 1, Scatter>)(x, packed, offsets, o, s, tile, device);
+  if (tile.m == 0) launch_stream<T, W, Scatter>(x, packed, o, s, device);
+  else (tile.m == 2 ? launch_resident<T, W, 2, Scatter> : launch_resident<T, W, 1, Scatter>)(x, packed, o, s, tile, device);
 }
 
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& offsets, int64_t out_features, int64_t band, bool scatter, std::optional<Tensor> bias, bool gelu,
@@ -103,12 +103,12 @@ Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t
       using T = decltype(zero);
       constexpr int W = decltype(width)::value;
       const int64_t bands = ceil_div(int64_t(t.s.units) * (t.s.band / W), gradient_bands<W>), columns = ceil_div(t.s.shorter, gradient_columns);
-      const int splits = splits_of(t.s.tokens, ceil_div(many_blocks, bands * columns), 256);
+      const int splits = splits_of(t.s.tokens, bands * columns, 256);
       Tensor parts = torch::stable::new_empty(t.longer, {splits, int64_t(t.s.units) * t.s.band, t.s.shorter}, ScalarType::Float);
       const auto kernel = band_gradient<T, W>;
       constexpr int bytes = GradientLayout<W>::bytes;
       allow_shared(kernel, bytes);
-      DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(bands), splits), dim3(band_warps * 32), bytes, device.stream, read<T>(t.shorter), read<T>(t.longer),
+      DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(bands), splits), dim3(gradient_warps * 32), bytes, device.stream, read<T>(t.shorter), read<T>(t.longer),
                      read<int>(offsets), write<float>(parts), t.s);
       check_launch();
       sums = sum_parts(parts, device);

@@ -15,7 +15,6 @@
 namespace dst_ops {
 
 constexpr int band_rows = 64;  // of the result: a warp's tile, 8 times 8
-constexpr int band_warps = 8;
 
 template <int W>
 constexpr int band_blocks = W / 8 + 1;  // of 8 columns, met by 8 rows
@@ -24,14 +23,36 @@ constexpr int band_blocks = W / 8 + 1;  // of 8 columns, met by 8 rows
 template <int W>
 __host__ __device__ constexpr bool rows_meet(int n, int block) { return block - n >= 0 && block - n < band_blocks<W>; }
 
-// Words that a lane needs for the pairs of blocks before `pair`, and in it for rows before 8 n.
+// Rows before 8 n of a tile, 8 at a time, that meet both blocks of a pair, and that meet one of them.
 template <int W>
-__host__ __device__ constexpr int words_before(int pair, int n) {
-  int words = 0;
-  for (int block = 0; block < 2 * pair; ++block) words += (block < 7 ? block : 7) - (block - W / 8 > 0 ? block - W / 8 : 0) + 1;
-  for (int m = 0; m < n; ++m) words += rows_meet<W>(m, 2 * pair) + rows_meet<W>(m, 2 * pair + 1);
-  return words;
+__host__ __device__ constexpr int rows_of_both(int pair, int n = 8) {
+  int rows = 0;
+  for (int m = 0; m < n; ++m) rows += rows_meet<W>(m, 2 * pair) && rows_meet<W>(m, 2 * pair + 1);
+  return rows;
 }
+template <int W>
+__host__ __device__ constexpr int rows_of_one(int pair, int n = 8) {
+  int rows = 0;
+  for (int m = 0; m < n; ++m) rows += rows_meet<W>(m, 2 * pair) != rows_meet<W>(m, 2 * pair + 1);
+  return rows;
+}
+// Words that a lane needs for a pair, two or one for 8 rows. The twos come first: an instruction takes its two from registers
+// that lie side by side, the first of an even number, and so they can stay where they were loaded.
+template <int W>
+__host__ __device__ constexpr int words_of(int pair) { return 2 * rows_of_both<W>(pair) + rows_of_one<W>(pair); }
+// 16-byte pieces for a pair, and for the pairs before it.
+template <int W>
+__host__ __device__ constexpr int quads_of(int pair) { return (words_of<W>(pair) + 3) / 4; }
+template <int W>
+__host__ __device__ constexpr int quads_before(int pair) {
+  int quads = 0;
+  for (int p = 0; p < pair; ++p) quads += quads_of<W>(p);
+  return quads;
+}
+template <int W>
+constexpr int band_pairs = (8 + W / 8 + 1) / 2;
+template <int W>
+constexpr int band_quads = quads_before<W>(band_pairs<W>);  // of a lane, for a tile
 
 // Sizes in the units of the band kernels. Computed on the host: as arguments of a kernel they take no registers.
 struct BandSizes : Sizes {
@@ -41,11 +62,45 @@ struct BandSizes : Sizes {
 template <int W>
 BandSizes band_sizes(const Sizes& s) { return {s, s.longer / 8, s.in / 8, (s.out + band_rows - 1) / band_rows, s.units * (s.band / W)}; }
 
-// First column block that rows 8 n, ..., 8 n + 7 of the result meet in a band that starts at diagonal `start`.
+// First column block that rows 8 n, ..., 8 n + 7 of the result meet in a band whose first diagonal is 8 start.
 template <int W, bool Scatter>
 __device__ __forceinline__ int first_block(int n, int start, int blocks) {
-  return wrapped(Scatter ? n - start / 8 - W / 8 : n + start / 8, blocks);
+  return wrapped(Scatter ? n - start - W / 8 : n + start, blocks);
 }
+
+// Whether column blocks first, ..., first + count - 1 have numbers of the input.
+template <int W, bool Scatter>
+__device__ __forceinline__ bool band_meets(int first, int count, const BandSizes& s) { return !Scatter || meets(first, count, s.present_blocks, s.blocks); }
+
+// The sub-bands that rows 8 n, ... of the result meet in `count` column blocks, in order. Each lane of a warp knows of one in 32.
+template <int W, bool Scatter>
+struct Bands {
+  const int* starts;
+  int n, count, begin = 0, mine = 0;  // the lane's: first column block
+  unsigned left = 0;                  // those of the 32 from `begin` on that are met and still to come
+  int u = 0, first = 0;               // the one that next() came to: its number, first column block
+
+  __device__ __forceinline__ void look(const BandSizes& s) {
+    const int lane = threadIdx.x & 31;
+    const bool exists = begin + lane < s.sub_bands;
+    mine = exists ? first_block<W, Scatter>(n, starts[begin + lane], s.blocks) : 0;
+    left = __ballot_sync(~0u, exists && band_meets<W, Scatter>(mine, count, s));
+  }
+  __device__ __forceinline__ Bands(const int* starts, int n, int count, const BandSizes& s) : starts(starts), n(n), count(count) { look(s); }
+  // False after the last.
+  __device__ __forceinline__ bool next(const BandSizes& s) {
+    while (left == 0) {
+      begin += 32;
+      if (begin >= s.sub_bands) return false;
+      look(s);
+    }
+    const int lane = __ffs(left) - 1;
+    left &= left - 1;
+    u = begin + lane;
+    first = __shfl_sync(~0u, mine, lane);
+    return true;
+  }
+};
 
 // Where sub-band u of W diagonals starts; bands of s.band (a multiple of W) diagonals are cut into those.
 template <int W>
@@ -54,27 +109,51 @@ __device__ __forceinline__ int band_start(const int* offsets, int u, const Sizes
   return first_diagonal(offsets, u / parts, s) + u % parts * W;
 }
 
-// packed [sub-band][tile of 64 rows][word / 4][lane][word % 4]: a word has two columns of one row, half of fragment B.
-template <typename T, int W, bool Scatter>
-__global__ void __launch_bounds__(256) band_pack(const T* __restrict__ values, const int* __restrict__ offsets, uint32_t* __restrict__ packed, BandSizes s) {
-  constexpr int J = band_blocks<W>;
-  const int64_t count = static_cast<int64_t>(s.sub_bands) * s.tiles * 8 * J * 32;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int lane = i % 32, j = i / 32 % J, n = i / (32 * J) % 8, block = n + j;
-    const int64_t tile = i / (32 * J * 8);  // counted over the sub-bands, too
-    const int first_row = static_cast<int>(tile % s.tiles) * band_rows + n * 8, row = first_row + lane / 4, u = static_cast<int>(tile / s.tiles);
-    const int start = band_start<W>(offsets, u, s);
-    float pair_of[2];
+// What a call of a product makes of its weights.
+// words [sub-band][tile of 64 rows][quad][lane][4]: a word has two columns of one row, half of fragment B; each pair of column blocks
+// begins with a quad of its own. Words of tiles that a sub-band does not meet are not written.
+// starts [sub-band]: its first diagonal / 8.
+struct Packed {
+  uint32_t* words;
+  int* starts;
+};
+
+// Where a lane's word of rows 8 n, ... and a block is among a tile's.
+template <int W>
+__device__ __forceinline__ int word_at(int n, int block) {
+  const int pair = block / 2, first = 2 * pair + 1 - W / 8 > 0 ? 2 * pair + 1 - W / 8 : 0, last = 2 * pair < 7 ? 2 * pair : 7;  // rows of both
+  int words = 0;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      // Column counted from the first block; which of the band's diagonals crosses the row there, and where along itself.
-      const int c = j * 8 + lane % 4 * 2 + e, diagonal = Scatter ? lane / 4 + W - c : c - lane / 4;
-      const int at = Scatter ? wrapped(first_row - start - W + c, s.longer) : row;
-      const bool present = diagonal >= 0 && diagonal < W && row < s.out && at < s.shorter;
-      pair_of[e] = present ? wide(values[(static_cast<int64_t>(u) * W + diagonal) * s.shorter + at]) : 0.0f;
+  for (int p = 0; p < band_pairs<W>; ++p) words += p < pair ? 4 * quads_of<W>(p) : 0;
+  if (n >= first && n <= last) return words + 2 * (n - first) + block % 2;
+  return words + 2 * (last >= first ? last - first + 1 : 0) + (n > 2 * pair && 2 * pair >= W / 8);  // of one: rows before, rows behind those
+}
+
+// grid: tiles, sub-bands. A warp has 8 rows.
+template <typename T, int W, bool Scatter>
+__global__ void __launch_bounds__(256, 4) band_pack(const T* __restrict__ values, const int* __restrict__ offsets, Packed packed, BandSizes s) {
+  let_next_begin();
+  const int tile = blockIdx.x, lane = threadIdx.x % 32, n = threadIdx.x / 32, first_row = tile * band_rows + n * 8, row = first_row + lane / 4;
+  for (int u = blockIdx.y; u < s.sub_bands; u += gridDim.y) {
+    const int start = band_start<W>(offsets, u, s);
+    if (tile == 0 && threadIdx.x == 0) packed.starts[u] = start / 8;
+    if (!band_meets<W, Scatter>(first_block<W, Scatter>(tile * 8, start / 8, s.blocks), 8 + W / 8, s)) continue;
+    uint32_t* words = packed.words + (static_cast<int64_t>(u) * s.tiles + tile) * (band_quads<W> * 32 * 4);
+    const T* of_band = values + static_cast<int64_t>(u) * W * s.shorter;
+#pragma unroll 3  // as many loads on their way as registers allow
+    for (int j = 0; j < band_blocks<W>; ++j) {
+      float pair_of[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        // Column counted from the first block; which of the band's diagonals crosses the row there, and where along itself.
+        const int c = j * 8 + lane % 4 * 2 + e, diagonal = Scatter ? lane / 4 + W - c : c - lane / 4;
+        const int at = Scatter ? wrapped(first_row - start - W + c, s.longer) : row;
+        const bool present = diagonal >= 0 && diagonal < W && row < s.out && at < s.shorter;
+        pair_of[e] = present ? wide(of_band[diagonal * s.shorter + at]) : 0.0f;
+      }
+      const int word = word_at<W>(n, n + j);
+      words[(word / 4 * 32 + lane) * 4 + word % 4] = pair(pair_of[0], pair_of[1], T());
     }
-    const int word = words_before<W>(block / 2, n) + (block % 2 && rows_meet<W>(n, block - 1));
-    packed[((tile * 2 * J + word / 4) * 32 + lane) * 4 + word % 4] = pair(pair_of[0], pair_of[1], T());
   }
 }
 
@@ -116,18 +195,20 @@ __device__ __forceinline__ void store_tile(T* to, TileSums<M>& sum, int64_t firs
       }
 }
 
+// s.out is a multiple of 8: rows are there 8 at a time.
 template <typename T, int M>
 __device__ __forceinline__ void start_sums(TileSums<M>& sum, const T* bias, int first_row, const Sizes& s) {
-  const int lane = threadIdx.x & 31;
+  const int column = threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int n = 0; n < 8; ++n)
+  for (int n = 0; n < 8; ++n) {
+    const bool present = bias && first_row + n * 8 < s.out;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = first_row + n * 8 + lane % 4 * 2 + e % 2;
-      const float b = bias && row < s.out ? wide(bias[row]) : 0.0f;
+    for (int e = 0; e < 2; ++e) {
+      const float b = present ? wide(bias[first_row + n * 8 + column + e]) : 0.0f;
 #pragma unroll
-      for (int m = 0; m < M; ++m) sum[m][n][e] = b;
+      for (int m = 0; m < M; ++m) sum[m][n][e] = sum[m][n][e + 2] = b;
     }
+  }
 }
 
 // Whether column blocks j and j + 1 of a tile, counted from block `first`, are met by rows of the result and lie in the input.
@@ -136,51 +217,76 @@ __device__ __forceinline__ bool pair_counts(int j, int first, int tile, const Ba
   return j - W / 8 < (s.out - tile * band_rows) / 8 && (!Scatter || meets(wrapped(first + j, s.blocks), 2, s.present_blocks, s.blocks));
 }
 
-// Adds the products with one pair of column blocks, whose columns are in a.
-template <typename T, int W, int M, int Pair>
-__device__ __forceinline__ void add_pair(TileSums<M>& sum, const uint32_t (&a)[M][4], const uint4* weights) {
-  constexpr int first = words_before<W>(Pair, 0), begin = first / 4, end = (words_before<W>(Pair + 1, 0) + 3) / 4;
-  uint32_t b[4 * (end - begin)];
+// A lane's words of a pair. weights(quad): one of the tile's.
+template <int W, int Pair>
+using PairWords = uint32_t[4 * quads_of<W>(Pair)];
+template <int W, int Pair, typename Weights>
+__device__ __forceinline__ void load_words(PairWords<W, Pair>& b, const Weights& weights) {
 #pragma unroll
-  for (int q = 0; q < end - begin; ++q) {
-    const uint4 w = weights[(begin + q) * 32];
+  for (int q = 0; q < quads_of<W>(Pair); ++q) {
+    const uint4 w = weights(quads_before<W>(Pair) + q);
     b[4 * q] = w.x, b[4 * q + 1] = w.y, b[4 * q + 2] = w.z, b[4 * q + 3] = w.w;
-  }
-  int word = first - 4 * begin;
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const bool both = rows_meet<W>(n, 2 * Pair) && rows_meet<W>(n, 2 * Pair + 1);
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      if (both) mma_k16(T(), sum[m][n], a[m], b[word], b[word + 1]);
-      else if (rows_meet<W>(n, 2 * Pair)) mma_k8(T(), sum[m][n], a[m][0], a[m][1], b[word]);
-      else if (rows_meet<W>(n, 2 * Pair + 1)) mma_k8(T(), sum[m][n], a[m][2], a[m][3], b[word]);
-    }
-    word += rows_meet<W>(n, 2 * Pair) + rows_meet<W>(n, 2 * Pair + 1);
   }
 }
 
-// Adds a sub-band to a warp's tile, from one pair of column blocks on. weights: the lane's, of the tile. column(block): where
-// the 8 columns of the lane's token in a block lie, counted from the first that the tile meets; lanes 0-15 are asked for a
-// pair's first, the others for its second. pitch: bytes to the next token. counts(block): whether to multiply the pair that
-// begins there.
-template <typename T, int W, int M, int Pair = 0, typename Column, typename Counts>
-__device__ __forceinline__ void add_band(TileSums<M>& sum, const uint4* weights, int pitch, const Column& column, const Counts& counts) {
+// Adds the products with one pair of column blocks, whose columns are in a.
+template <typename T, int W, int M, int Pair>
+__device__ __forceinline__ void add_pair(TileSums<M>& sum, const uint32_t (&a)[M][4], const PairWords<W, Pair>& b) {
+  int both = 0, one = 2 * rows_of_both<W>(Pair);
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const bool first = rows_meet<W>(n, 2 * Pair), second = rows_meet<W>(n, 2 * Pair + 1);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if (first && second) mma_k16(T(), sum[m][n], a[m], b[both], b[both + 1]);
+      else if (first) mma_k8(T(), sum[m][n], a[m][0], a[m][1], b[one]);
+      else if (second) mma_k8(T(), sum[m][n], a[m][2], a[m][3], b[one]);
+    }
+    if (first && second) both += 2;
+    else one += first || second;
+  }
+}
+
+// Whether all pairs of a tile's column blocks, from block `first` on, count: all lie in the input, and all rows in the result.
+template <int W>
+__device__ __forceinline__ bool whole_band(int first, int tile, const BandSizes& s) {
+  return first + 2 * band_pairs<W> <= s.present_blocks && (tile + 1) * band_rows <= s.out;
+}
+
+// Adds a sub-band to a warp's tile, from one pair of column blocks on. column(block): where the 8 columns of the lane's token in
+// a block lie, counted from the first that the tile meets; lanes 0-15 are asked for a pair's first, the others for its second.
+// pitch: bytes to the next token. counts(block): whether to multiply the pair that begins there. Ahead: a pair's words are asked for
+// before the pair before is multiplied, since they come from the L2 cache. b: then this pair's.
+template <typename T, int W, int M, bool Ahead, int Pair, typename Weights, typename Column, typename Counts>
+__device__ __forceinline__ void add_pairs(TileSums<M>& sum, PairWords<W, Pair>& b, const Weights& weights, int pitch, const Column& column, const Counts& counts) {
+  constexpr bool last = Pair + 1 == band_pairs<W>;
+  constexpr int following = last ? Pair : Pair + 1;
+  PairWords<W, following> next;
+  if (Ahead && !last) load_words<W, following>(next, weights);
   if (counts(2 * Pair)) {
+    if (!Ahead) load_words<W, Pair>(b, weights);
     const SharedAddress at = column(2 * Pair + (threadIdx.x & 31) / 16);
     uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) load_matrices(a[m], at + m * 16 * pitch);
-    add_pair<T, W, M, Pair>(sum, a, weights);
+    add_pair<T, W, M, Pair>(sum, a, b);
   }
-  if constexpr (2 * Pair + 2 < 8 + W / 8) add_band<T, W, M, Pair + 1>(sum, weights, pitch, column, counts);
+  if constexpr (!last) add_pairs<T, W, M, Ahead, Pair + 1>(sum, next, weights, pitch, column, counts);
+}
+template <typename T, int W, int M, bool Ahead, typename Weights, typename Column, typename Counts>
+__device__ __forceinline__ void add_band(TileSums<M>& sum, const Weights& weights, int pitch, const Column& column, const Counts& counts) {
+  PairWords<W, 0> b;
+  if (Ahead) load_words<W, 0>(b, weights);
+  add_pairs<T, W, M, Ahead, 0>(sum, b, weights, pitch, column, counts);
 }
 
 // Applies the epilogue and writes.
 template <typename T, int M>
 __device__ __forceinline__ void finish_tile(T* y, T* before, TileSums<M>& sum, int64_t first_token, int first_row, bool with_gelu, const Sizes& s) {
-  if (before) store_tile<T, M>(before, sum, first_token, first_row, s, [](float v) { return v; });
-  store_tile<T, M>(y, sum, first_token, first_row, s, [with_gelu](float v) { return with_gelu ? gelu(v) : v; });
+  const auto same = [](float v) { return v; };
+  if (before) store_tile<T, M>(before, sum, first_token, first_row, s, same);
+  if (with_gelu) store_tile<T, M>(y, sum, first_token, first_row, s, [](float v) { return gelu(v); });
+  else store_tile<T, M>(y, sum, first_token, first_row, s, same);
 }
 
 }  // namespace dst_ops

@@ -7,8 +7,9 @@
 
 namespace dst_ops {
 
+constexpr int gradient_warps = 8;
 constexpr int gradient_tokens = 32;              // of a stage; two stages, one being read while the other is filled
-constexpr int gradient_columns = band_warps * 32;  // positions l of a block: 32 a warp
+constexpr int gradient_columns = gradient_warps * 32;  // positions l of a block: 32 a warp
 
 // Bands that a block computes: their windows share the shorter side's columns, their sums fill the registers.
 template <int W>
@@ -21,33 +22,56 @@ struct GradientLayout {
   static constexpr int pairs = (W / 8 + 5) / 2;  // of blocks that a warp reads; for W = 8 one block more than the window has
   static constexpr int short_pitch = (gradient_columns / 8 | 1) * 8, long_pitch = ((gradient_columns / 8 - 4 + 2 * pairs) | 1) * 8;
   static constexpr int stage = gradient_tokens * (short_pitch + gradient_bands<W> * long_pitch);
-  static constexpr int sums = band_warps * gradient_bands<W> * W * 33 * 4;  // bytes; reuses the stages' memory
+  static constexpr int sums = gradient_warps * gradient_bands<W> * W * 33 * 4;  // bytes; reuses the stages' memory
   static constexpr int bytes = 2 * stage * 2 > sums ? 2 * stage * 2 : sums;
 };
 
+// Copies 32 tokens' columns [l0, l0 + 256) of the shorter side and the bands' windows of the longer one, eight lanes a line of 128
+// bytes: see stage_window. A warp takes 4 tokens of each; what a window has beyond four lines is shared out at the end.
 template <typename T, int W>
 __device__ __forceinline__ void stage_gradient(T* to, const T* shorter, const T* longer, const int* start, int64_t token, int64_t end, int l0, const Sizes& s) {
   using Layout = GradientLayout<W>;
-  for (int i = threadIdx.x; i < gradient_tokens * (gradient_columns / 8); i += blockDim.x) {
-    const int row = i / (gradient_columns / 8), column = i % (gradient_columns / 8) * 8;
-    const bool present = token + row < end && l0 + column < s.shorter;
-    copy_async(to + row * Layout::short_pitch + column, present ? shorter + (token + row) * s.shorter + l0 + column : shorter, present);
+  constexpr int each = gradient_tokens / gradient_warps;
+  static_assert(gradient_columns == 32 * 8 && gradient_tokens * 8 == gradient_warps * 32 && Layout::window / 8 + 8 - (W < 64 ? W / 8 : 8) <= 40);
+  const int column = threadIdx.x % 32 * 8, first = threadIdx.x / 32 * each;
+  const int left = static_cast<int>(end - token < gradient_tokens ? end - token : gradient_tokens);  // rows that are there
+  const bool inside = l0 + column < s.shorter;
+  const T* from = shorter + token * s.shorter + l0 + column;
+#pragma unroll
+  for (int i = 0; i < each; ++i) {
+    const bool present = inside && first + i < left;
+    copy_async(to + (first + i) * Layout::short_pitch + column, present ? from + static_cast<int64_t>(first + i) * s.shorter : shorter, present);
   }
   to += gradient_tokens * Layout::short_pitch;
 #pragma unroll
-  for (int b = 0; b < gradient_bands<W>; ++b)
-    for (int i = threadIdx.x; i < gradient_tokens * (Layout::window / 8); i += blockDim.x) {
-      const int row = i / (Layout::window / 8), column = i % (Layout::window / 8) * 8;
-      const bool present = token + row < end && start[b] >= 0;
-      int from = l0 + start[b] + column;  // l0 < P, start < P; the window may go round more than once where P is small
-      while (from >= s.longer) from -= s.longer;
-      copy_async(to + (b * gradient_tokens + row) * Layout::long_pitch + column, present ? longer + (token + row) * s.longer + from : longer, present);
+  for (int b = 0; b < gradient_bands<W>; ++b, to += gradient_tokens * Layout::long_pitch) {
+    if (start[b] < 0) continue;
+    const int before = start[b] % 64;  // l0 is a multiple of 64
+    // Counted from the window's first column; l0 < P, start < P; the window may go round more than once where P is small.
+    const auto position = [&](int column) {
+      int at = l0 + start[b] + column;
+      while (at >= s.longer) at -= s.longer;
+      return at;
+    };
+    if (column >= before) {
+      const T* from = longer + token * s.longer + position(column - before);
+#pragma unroll
+      for (int i = 0; i < each; ++i) {
+        const bool present = first + i < left;
+        copy_async(to + (first + i) * Layout::long_pitch + column - before, present ? from + static_cast<int64_t>(first + i) * s.longer : longer, present);
+      }
     }
+    const int row = threadIdx.x / 8, further = gradient_columns + threadIdx.x % 8 * 8 - before;
+    if (further < Layout::window) {
+      const bool present = row < left;
+      copy_async(to + row * Layout::long_pitch + further, present ? longer + (token + row) * s.longer + position(further) : longer, present);
+    }
+  }
 }
 
 // parts[split][k][l], as in scalar_gradient. grid: blocks of l, of bands, splits of the tokens. Feature counts: multiples of 8.
 template <typename T, int W>
-__global__ void __launch_bounds__(band_warps * 32, 2)
+__global__ void __launch_bounds__(gradient_warps * 32, 2)
 band_gradient(const T* __restrict__ shorter, const T* __restrict__ longer, const int* __restrict__ offsets, float* __restrict__ parts, Sizes s) {
   using Layout = GradientLayout<W>;
   constexpr int B = gradient_bands<W>, J = W / 8 + 2;

@@ -13,12 +13,12 @@ Tensor weight(const Tensor& values, const Tensor& offsets, int64_t out_features,
   check_values(values, offsets, values, s);
   const Device device(values);
   const Tensor vs = torch::stable::contiguous(values);
-  Tensor slots = torch::stable::new_empty(offsets, {s.longer / s.band}), dense = torch::stable::new_empty(vs, {s.out, s.in});
+  Tensor slots = torch::stable::new_empty(offsets, {s.longer}), dense = torch::stable::new_empty(vs, {s.out, s.in});
   DST_OPS_LAUNCH(invert_offsets, dim3(1), dim3(1024), 0, device.stream, read<int>(offsets), write<int>(slots), s);
   check_launch();
   for_type(values.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    DST_OPS_LAUNCH(dense_weight<T>, dim3(static_cast<unsigned>(ceil_div(s.in, 256)), std::min<unsigned>(s.out, most_rows)), dim3(256), 0, device.stream, read<T>(vs), read<int>(slots),
+    DST_OPS_LAUNCH(dense_weight<T>, dim3(static_cast<unsigned>(ceil_div(s.in, 256 * pack_size<T>)), std::min<unsigned>(s.out, most_rows)), dim3(256), 0, device.stream, read<T>(vs), read<int>(slots),
                    write<T>(dense), s);
     check_launch();
   });

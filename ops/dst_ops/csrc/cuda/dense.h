@@ -6,26 +6,39 @@
 
 namespace dst_ops {
 
-// slots[unit] = where the unit is among the active ones, or -1. One block.
+// slots[diagonal] = where its values begin, in rows of values, or -1. One block.
 static __global__ void __launch_bounds__(1024) invert_offsets(const int* __restrict__ offsets, int* __restrict__ slots, Sizes s) {
-  for (int i = threadIdx.x; i < s.longer / s.band; i += blockDim.x) slots[i] = -1;
+  for (int i = threadIdx.x; i < s.longer; i += blockDim.x) slots[i] = -1;
   __syncthreads();
-  for (int u = threadIdx.x; u < s.units; u += blockDim.x) slots[first_diagonal(offsets, u, s) / s.band] = u;
+  const int count = s.units * s.band;
+  for (int k = threadIdx.x; k < count; k += blockDim.x) slots[first_diagonal(offsets, k / s.band, s) + k % s.band] = k;
   __syncthreads();
-  for (int u = threadIdx.x; u < s.units; u += blockDim.x) DST_OPS_ASSERT(slots[offsets[u]] == u, "dst_ops: offsets repeats a unit");
+  for (int k = threadIdx.x; k < count; k += blockDim.x) DST_OPS_ASSERT(slots[offsets[k / s.band] * s.band + k % s.band] == k, "dst_ops: offsets repeats a unit");
 }
 
-// W [out_features = s.out, in_features = s.in].
+// W [out_features = s.out, in_features = s.in]. A thread writes 16 bytes, neighbours of one row.
 template <typename T>
 __global__ void __launch_bounds__(256) dense_weight(const T* __restrict__ values, const int* __restrict__ slots, T* __restrict__ weight, Sizes s) {
+  constexpr int P = pack_size<T>;
   const bool tall = s.out >= s.in;
   for (int row = blockIdx.y; row < s.out; row += gridDim.y)
-    for (int column = blockIdx.x * blockDim.x + threadIdx.x; column < s.in; column += gridDim.x * blockDim.x) {
-      const int diagonal = wrapped(tall ? row - column : column - row, s.longer), slot = slots[diagonal / s.band];
-      const int64_t at = (static_cast<int64_t>(slot) * s.band + diagonal % s.band) * s.shorter + (tall ? column : row);
-      float value = 0.0f;
-      if (slot >= 0) value = wide(values[at]);
-      narrow(value, weight[static_cast<int64_t>(row) * s.in + column]);
+    for (int first = (blockIdx.x * blockDim.x + threadIdx.x) * P; first < s.in; first += gridDim.x * blockDim.x * P) {
+      union { uint4 whole; T part[P]; } q;
+      q.whole = make_uint4(0, 0, 0, 0);
+      const int count = s.in - first < P ? s.in - first : P;
+#pragma unroll
+      for (int e = 0; e < P; ++e) {
+        const int column = first + e, slot = e < count ? slots[wrapped(tall ? row - column : column - row, s.longer)] : -1;
+        if (slot >= 0) q.part[e] = values[static_cast<int64_t>(slot) * s.shorter + (tall ? column : row)];
+      }
+      T* to = weight + static_cast<int64_t>(row) * s.in + first;
+      if (s.in % P == 0) {
+        *reinterpret_cast<uint4*>(to) = q.whole;
+      } else {
+#pragma unroll
+        for (int e = 0; e < P; ++e)
+          if (e < count) to[e] = q.part[e];
+      }
     }
 }
 

@@ -8,6 +8,7 @@
 #endif
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -30,10 +31,13 @@ struct Device {
   explicit Device(const Tensor&) {}
   int stream = 0;
   int shared_memory = emulator_shared_memory();
-  int64_t processors = 132;
 };
 template <typename K>
 void allow_shared(K, int) {}
+template <typename... P, typename... A>
+void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int bytes, const Device& device, const A&... arguments) {
+  DST_OPS_LAUNCH(kernel, grid, block, bytes, device.stream, arguments...);
+}
 inline void check_launch() {}
 #else
 #define DST_OPS_DEVICE CUDA
@@ -46,14 +50,24 @@ struct Device {
     int value = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index()));
     shared_memory = value;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, t.get_device_index()));
-    processors = value;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
   }
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
   int shared_memory;
-  int64_t processors;
+  int major = 0;  // compute capability
 };
+// Launches a kernel that calls await_previous() where it needs what the launch before it wrote. Chips before the H100 wait for all of it.
+template <typename... P, typename... A>
+void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int bytes, const Device& device, const A&... arguments) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = bytes, config.stream = device.stream;
+  config.attrs = &early, config.numAttrs = device.major >= 9 ? 1 : 0;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+}
 // More than 48 KiB must be asked for, for each kernel and device.
 template <typename K>
 void allow_shared(K kernel, int bytes) {

@@ -24,18 +24,38 @@ __device__ __forceinline__ uint4 load_shared(const void* p) { return *static_cas
 // D[16 x 8] += A[16 x 16] B[16 x 8], sums in fp32; fragments as in the PTX manual, "mma.m16n8k16 with floating point".
 #define DST_OPS_MMA(type, name)                                                                                                  \
   __device__ __forceinline__ void mma_k16(type, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"          \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                         \
   }                                                                                                                              \
   __device__ __forceinline__ void mma_k8(type, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {                            \
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"           \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                \
-                 : "r"(a0), "r"(a1), "r"(b));                                                                                    \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"                    \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                         \
+        : "r"(a0), "r"(a1), "r"(b));                                                                                             \
   }
 DST_OPS_MMA(__nv_bfloat16, "bf16")
 DST_OPS_MMA(__half, "f16")
 #undef DST_OPS_MMA
+
+// A kernel that launch_early launches may begin while the one before it on the stream still runs. It reads nothing that
+// one writes before await_previous(); the one before says with let_next_begin() from when on the processors are shared.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// threadIdx.x, asked for again: what is computed from it is computed where it is needed, and takes no registers over a loop.
+__device__ __forceinline__ int thread_again() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 
 // Bytes in shared memory: half the registers of a pointer.
 typedef uint32_t SharedAddress;

@@ -9,43 +9,49 @@ namespace {
 constexpr int64_t few_tokens = 32;
 
 template <typename T, int Groups>
-void launch_product(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, int rows, int slices, const Device& device) {
+void launch_product(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, const Device& device) {
   const auto kernel = scatter ? scalar_product<T, Groups, true> : scalar_product<T, Groups, false>;
-  const int bytes = ScalarLayout<T>(s.in, Groups, rows, slices).bytes();
+  const int bytes = ScalarLayout(s.in, Groups).bytes();
   allow_shared(kernel, bytes);
   const int64_t tiles = ceil_div(s.tokens, Groups * pack_size<T>);
-  // With few tokens every block of rows is one of its own; with many a block of threads goes over all rows, so that x is staged once.
-  const int64_t row_blocks = ceil_div(s.out, rows), wanted = std::max<int64_t>(1, many_blocks / tiles);
-  DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min({row_blocks, wanted, int64_t(65535)}))), dim3(rows, slices), bytes, device.stream,
-                 read<T>(x), read<T>(values), read<int>(offsets), bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, o.gelu);
+  // A block goes over all rows, so that x is staged once, but where that would leave few blocks.
+  const int64_t row_blocks = ceil_div(s.out, 256), wanted = std::max<int64_t>(1, many_blocks / tiles);
+  DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min({row_blocks, wanted, int64_t(65535)}))), dim3(256), bytes, device.stream, read<T>(x),
+                 read<T>(values), read<int>(offsets), bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, o.gelu);
+  check_launch();
+}
+
+template <typename T, int Tokens>
+void launch_few(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, const Device& device) {
+  const auto kernel = scatter ? scalar_few<T, Tokens, true> : scalar_few<T, Tokens, false>;
+  const int bytes = few_bytes<T, Tokens>(s.in);
+  allow_shared(kernel, bytes);
+  DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(ceil_div(s.tokens, Tokens)), static_cast<unsigned>(ceil_div(s.out, 32))), dim3(32, few_slices), bytes, device.stream, read<T>(x),
+                 read<T>(values), read<int>(offsets), bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, o.gelu);
   check_launch();
 }
 
 // The most packs of tokens of which two blocks fit a processor, and that leave enough blocks; 0 if not even one pack fits.
 template <typename T>
 int packs_of_a_tile(const Sizes& s, const Device& device) {
-  if (ScalarLayout<T>(s.in, 1, 256, 1).bytes() > device.shared_memory) return 0;
+  if (ScalarLayout(s.in, 1).bytes() > device.shared_memory) return 0;
   for (int groups : {32 / pack_size<T>, 16 / pack_size<T>, 8 / pack_size<T>})
-    if (ScalarLayout<T>(s.in, groups, 256, 1).bytes() <= device.shared_memory / 2 - 1024 && s.tokens >= groups * pack_size<T> * many_blocks / 2) return groups;
+    if (ScalarLayout(s.in, groups).bytes() <= device.shared_memory / 2 - 1024 && s.tokens >= groups * pack_size<T> * many_blocks / 2) return groups;
   return 1;
 }
 
 template <typename T>
 void product(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, const Device& device) {
-  if (s.tokens <= few_tokens) {
-    int rows = 128;
-    while (rows > 32 && ceil_div(s.out, rows) * ceil_div(s.tokens, pack_size<T>) < many_blocks / 2) rows /= 2;
-    int slices = std::max<int>(1, std::min<int64_t>(512 / rows, int64_t(s.units) * s.band / 8));
-    while (slices > 1 && ScalarLayout<T>(s.in, 1, rows, slices).bytes() > device.shared_memory) slices /= 2;
-    STD_TORCH_CHECK(ScalarLayout<T>(s.in, 1, rows, slices).bytes() <= device.shared_memory, "dst_ops: in_features ", s.in, " do not fit shared memory");
-    launch_product<T, 1>(x, values, offsets, o, s, scatter, rows, slices, device);
-    return;
-  }
   const int groups = packs_of_a_tile<T>(s, device);
   STD_TORCH_CHECK(groups > 0, "dst_ops: in_features ", s.in, " do not fit shared memory");
   constexpr int most = 32 / pack_size<T>;
-  const auto launch = groups == most ? launch_product<T, most> : groups == most / 2 ? launch_product<T, most / 2> : groups == 2 ? launch_product<T, 2> : launch_product<T, 1>;
-  launch(x, values, offsets, o, s, scatter, 256, 1, device);
+  const auto launch = s.tokens == 1            ? launch_few<T, 1>
+                      : s.tokens <= few_tokens ? launch_few<T, pack_size<T>>
+                      : groups == most         ? launch_product<T, most>
+                      : groups == most / 2     ? launch_product<T, most / 2>
+                      : groups == 2            ? launch_product<T, 2>
+                                               : launch_product<T, 1>;
+  launch(x, values, offsets, o, s, scatter, device);
 }
 
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& offsets, int64_t out_features, int64_t band, bool scatter, std::optional<Tensor> bias, bool gelu,
@@ -54,7 +60,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& offsets, int6
   const Sizes s = sizes(x.numel() / in, in, out_features, offsets, band);
   check_values(values, offsets, x, s);
   const Device device(x);
-  const Tensor xs = torch::stable::contiguous(x), vs = torch::stable::contiguous(values);
+  const Tensor xs = packed_rows(x), vs = torch::stable::contiguous(values);
   Output o = output(xs, out_features, bias, gelu, before);
   if (s.tokens > 0) for_type(x.scalar_type(), [&](auto zero) { product<decltype(zero)>(xs, vs, offsets, o, s, scatter, device); });
   return o.y;
@@ -70,7 +76,7 @@ Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t
     using T = decltype(zero);
     const int64_t diagonals = int64_t(t.s.units) * t.s.band;
     const int64_t columns = ceil_div(t.s.shorter, scalar_gradient_threads), rows = ceil_div(diagonals, scalar_gradient_diagonals<T>);
-    const int splits = splits_of(t.s.tokens, ceil_div(many_blocks, columns * rows), 128);
+    const int splits = splits_of(t.s.tokens, columns * rows, 128);
     Tensor parts = torch::stable::new_empty(t.longer, {splits, diagonals, t.s.shorter}, ScalarType::Float);
     allow_shared(scalar_gradient<T>, bytes);
     DST_OPS_LAUNCH(scalar_gradient<T>, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(rows), splits), dim3(scalar_gradient_threads), bytes, device.stream,
