@@ -35,11 +35,13 @@ def _no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.mark.parametrize(
     ("changes", "kernel"),
     [
-        # Tensor cores take any offsets faster as a dense matrix, and bands faster still.
+        # Tensor cores take any offsets faster as a dense matrix, and wide or few bands faster still.
         ({}, "dense"),
-        ({"band": 16, "diagonals": 80}, "band"),
+        ({"band": 16, "diagonals": 80}, "dense"),
+        ({"band": 16, "diagonals": 32}, "band"),
         ({"band": 32, "diagonals": 64}, "band"),
-        ({"band": 16, "diagonals": 80, "op": "gradient"}, "band"),
+        ({"band": 32, "diagonals": 64, "op": "gradient"}, "band"),
+        ({"band": 16, "diagonals": 80, "op": "gradient"}, "dense"),
         # Few tokens: reading the weights takes the time.
         ({"tokens": 8, "inputs": 4096, "outputs": 4096, "diagonals": 410}, "scalar"),
         ({"tokens": 1, "inputs": 4096, "outputs": 4096, "diagonals": 205}, "scalar"),
@@ -51,14 +53,14 @@ def _no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         ({"dtype": "float32"}, "scalar"),
         ({"dtype": "float32", "diagonals": 700}, "dense"),
         ({"dtype": "float64"}, "reference"),
-        # 1 % is left.
-        ({"diagonals": 8}, "scalar"),
+        # 1 % is left: single diagonals still have to read and write what dense does.
+        ({"diagonals": 8}, "dense"),
     ],
 )
 def test_the_model_chooses(changes: dict[str, object], kernel: str) -> None:
     choice = routes.choose(_call(**changes), "a GPU", H100)
     assert choice.kernel == kernel
-    assert ("modelled for an H100" in choice.reason) == (kernel != "reference")
+    assert ("modelled after an H200" in choice.reason) == (kernel != "reference")
 
 
 def test_tf32_makes_dense_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +148,12 @@ def _with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_report_names_the_kernel_of_a_call_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     _with_gpu(monkeypatch)
-    report = dst_ops.backend_report([_call(band=16, diagonals=80), _call(dtype="float64")])
+    report = dst_ops.backend_report([_call(band=32, diagonals=64), _call(dtype="float64")])
     cuda._choice.cache_clear()
     entries = [e for e in report.entries if e.device == "cuda"]
     assert [e.kernel for e in entries[-2:]] == ["band", "reference"]
-    assert "product 25216 x 768 -> 768, 80 diagonals, band 16, bfloat16" in str(report)
-    assert "modelled for an H100: band" in entries[-2].reason
+    assert "product 25216 x 768 -> 768, 64 diagonals, band 32, bfloat16" in str(report)
+    assert "modelled after an H200: band" in entries[-2].reason
     assert (entries[1].what, entries[1].kernel) == ("float64", "reference")
 
 
