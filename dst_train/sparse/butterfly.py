@@ -78,10 +78,12 @@ class ButterflyLinear(nn.Module):
         left = (1.0 - sparsity) * self.num_units - int(mask.sum())
         self.rank = min(shorter, max(1, int(left / (in_features + out_features))))
         self.num_final = int(mask.sum()) + self.rank * (in_features + out_features)
+        device = torch.get_default_device() if device is None else device
         self.register_buffer("mask", mask.to(device))
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.up = nn.Parameter(torch.randn(out_features, self.rank, generator=generator).to(device, dtype))
-        self.down = nn.Parameter(torch.randn(self.rank, in_features, generator=generator).to(device, dtype))
+        up, down = torch.empty(out_features, self.rank, device="cpu"), torch.empty(self.rank, in_features, device="cpu")
+        self.up = nn.Parameter(up.normal_(generator=generator).to(device, dtype))
+        self.down = nn.Parameter(down.normal_(generator=generator).to(device, dtype))
         self.mix = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         bound = 1.0 / math.sqrt(in_features)
@@ -119,8 +121,8 @@ class ButterflyLinear(nn.Module):
 
 def flat_butterfly(blocks: int, factors: int) -> Tensor:
     """bool [blocks, blocks]: the identity and the butterfly factors of strides 1, 2, ..., 2^(factors - 1)."""
-    place = torch.arange(blocks)
-    layout = torch.eye(blocks, dtype=torch.bool)
+    place = torch.arange(blocks, device="cpu")
+    layout = torch.eye(blocks, dtype=torch.bool, device="cpu")
     for bit in range(factors):
         layout[place, place ^ (1 << bit)] = True
     return layout

@@ -85,7 +85,9 @@ class DiagonalLinear(SparseLayer):
         self.unit_entries = band * self.length
         self.num_final = count_active(1.0 - sparsity, self.num_units)
         self.num_start = round(min(explore * self.num_final, float(self.num_units)))
-        offsets = torch.randperm(self.num_units, generator=generator)[: self.num_start].sort().values
+        device = torch.get_default_device() if device is None else device
+        drawn = torch.randperm(self.num_units, generator=generator, device="cpu")
+        offsets = drawn[: self.num_start].sort().values
         self.register_buffer("offsets", offsets.to(device=device, dtype=torch.int32))
         self.register_buffer("order", torch.arange(in_features, dtype=torch.int32, device=device) if permute else None)
         self._taken: Tensor | None = None
@@ -124,7 +126,7 @@ class DiagonalLinear(SparseLayer):
         return element // self.unit_entries
 
     def elements(self, slots: Tensor) -> Tensor:
-        return (slots[:, None] * self.unit_entries + torch.arange(self.unit_entries)).flatten()
+        return (slots[:, None] * self.unit_entries + torch.arange(self.unit_entries, device="cpu")).flatten()
 
     def unit_scores(self, x: Tensor, dy: Tensor, reduce: Reduce | None) -> Tensor:
         return dst_ops.diagonal_scores(

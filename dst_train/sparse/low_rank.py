@@ -42,9 +42,10 @@ class LowRank(nn.Module):
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(f"rank={rank}: must be from 1 to {min(in_features, out_features)}, the smaller side")
+        device = torch.get_default_device() if device is None else device
         self.active = True
         self.up = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
-        down = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
+        down = torch.randn(rank, in_features, generator=generator, device="cpu") / math.sqrt(in_features)
         self.register_buffer("down", down.to(device=device, dtype=dtype or torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> Tensor:

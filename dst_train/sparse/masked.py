@@ -72,10 +72,11 @@ class MaskedLinear(SparseLayer):
             if size < 1 or (pattern != unless and features % size):
                 raise ValueError(f"size={size}: must divide {key}={features}")
         self.in_features, self.out_features, self.pattern, self._size = in_features, out_features, pattern, size
+        device = torch.get_default_device() if device is None else device
         unit, self.num_groups = _partition(pattern, out_features, in_features, size)
         if pattern == "shuffled_block":
-            self.register_buffer("rows", torch.randperm(out_features, generator=generator).to(device))
-            self.register_buffer("columns", torch.randperm(in_features, generator=generator).to(device))
+            self.register_buffer("rows", torch.randperm(out_features, generator=generator, device="cpu").to(device))
+            self.register_buffer("columns", torch.randperm(in_features, generator=generator, device="cpu").to(device))
             self.register_load_state_dict_post_hook(lambda module, _: module._take_order())
             unit = self._shuffled()
         self.num_units = int(unit.max()) + 1
@@ -84,8 +85,8 @@ class MaskedLinear(SparseLayer):
         final = count_active(1.0 - sparsity, in_group)
         start = round(min(explore * final, float(in_group)))
         self.num_final, self.num_start = final * self.num_groups, start * self.num_groups
-        chosen = torch.rand(self.num_groups, in_group, generator=generator).argsort(1)[:, :start]
-        active = torch.zeros(self.num_groups, in_group, dtype=torch.bool).scatter_(1, chosen, True)
+        chosen = torch.rand(self.num_groups, in_group, generator=generator, device="cpu").argsort(1)[:, :start]
+        active = torch.zeros(self.num_groups, in_group, dtype=torch.bool, device="cpu").scatter_(1, chosen, True)
         self.register_buffer("_unit", unit.to(device=device), persistent=False)
         self.register_buffer("mask", active.flatten()[unit].to(device=device))
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
@@ -99,7 +100,7 @@ class MaskedLinear(SparseLayer):
 
     def units(self) -> Tensor:
         """Slot u holds unit u, or none."""
-        units = torch.full((self.num_units,), -1)
+        units = torch.full((self.num_units,), -1, device="cpu")
         present = self._unit[self.mask].cpu()
         units[present] = present
         return units
@@ -115,7 +116,7 @@ class MaskedLinear(SparseLayer):
         return self._unit.flatten()[element]
 
     def elements(self, slots: Tensor) -> Tensor:
-        wanted = torch.zeros(self.num_units, dtype=torch.bool)
+        wanted = torch.zeros(self.num_units, dtype=torch.bool, device="cpu")
         wanted[slots] = True
         return torch.nonzero(wanted[self._unit.cpu()].flatten()).flatten()
 
@@ -160,10 +161,9 @@ class MaskedLinear(SparseLayer):
 
 def _partition(pattern: str, m: int, n: int, size: int) -> tuple[Tensor, int]:
     """The unit of each entry, int64 [m, n], and the number of groups."""
-    entries = torch.arange(m * n).view(m, n)
+    rows, columns = torch.arange(m, device="cpu")[:, None], torch.arange(n, device="cpu")
     if "block" in pattern:
-        tile = torch.arange(m).div(size, rounding_mode="floor")[:, None] * (n // size)
-        return tile + torch.arange(n).div(size, rounding_mode="floor"), 1
+        return rows.div(size, rounding_mode="floor") * (n // size) + columns.div(size, rounding_mode="floor"), 1
     if pattern == "tile_wise":
-        return torch.arange(m).div(size, rounding_mode="floor")[:, None] * n + torch.arange(n), 1
-    return entries, {"unstructured": 1, "constant_fan_in": m, "n_m": m * n // size}[pattern]
+        return rows.div(size, rounding_mode="floor") * n + columns, 1
+    return rows * n + columns, {"unstructured": 1, "constant_fan_in": m, "n_m": m * n // size}[pattern]

@@ -191,7 +191,7 @@ def _build(
 ) -> tuple[LayerReport, SparseLayer | _NotDynamic]:
     try:
         # The constructor's own draw from the global generator is overwritten below: leave no trace of it.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[layer.weight.device] if layer.weight.is_cuda else []):
             module = _module(layer, rule, density, seed, options)
     except ValueError as error:
         raise ValueError(f"layer {layer.name} (rule {rule.match!r}): {error}") from error

@@ -19,6 +19,9 @@ from dst_train.topology.ranks import Ranks
 from dst_train.topology.settings import Settings
 from dst_train.topology.update import TopologyUpdate, change_layer, describe, gather
 
+# Scores are compared on the host, also where the default device is another.
+HOST = torch.device("cpu")
+
 
 class Topology:
     """Dynamic sparse training of the sparse layers of `model`.
@@ -81,10 +84,11 @@ class Topology:
                     self._editor.check(f"{name} ({key})", parameter)
         held = self._held()
         self._require_equal("at the start")
-        self._history = {
-            name: telemetry.History(units[units >= 0], self.layers[name].num_units) for name, units in held.items()
-        }
-        self._prepare()
+        with HOST:
+            self._history = {
+                name: telemetry.History(units[units >= 0], self.layers[name].num_units) for name, units in held.items()
+            }
+            self._prepare()
         return self
 
     def close(self) -> None:
@@ -104,10 +108,11 @@ class Topology:
         """
         self._require_bound("step")
         self.steps += 1
-        update = self._update() if self._due and applied else None
-        if update is not None:
-            self._due = False
-        self._prepare()
+        with HOST:
+            update = self._update() if self._due and applied else None
+            if update is not None:
+                self._due = False
+            self._prepare()
         return update
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,7 +128,8 @@ class Topology:
         for name, history in self._history.items():
             history.load_state_dict(state["history"][name])
         self._require_equal("after loading")
-        self._prepare()
+        with HOST:
+            self._prepare()
 
     def digest(self) -> str:
         """sha256 over the units of all layers, by slot, and the orders of their inputs."""

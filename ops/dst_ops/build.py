@@ -185,7 +185,7 @@ def _recipe(device: str) -> _Recipe:
     if device == "cuda":
         nvcc, version = _nvcc()
         host = f" -ccbin {_quoted(os.environ['CXX'])}" if os.environ.get("CXX") else ""
-        flags = (*COMMON_FLAGS, f"-Xcompiler {','.join(HOST_FLAGS)}", *_chips())
+        flags = (*COMMON_FLAGS, "--threads 0", f"-Xcompiler {','.join(HOST_FLAGS)}", *_chips())
         sources: dict[str, tuple[str, ...]] = {name: () for name in files if name.endswith(".cu")}
         # The runtime's symbols stay inside, so that any minor version of CUDA in torch will do.
         link = ("-cudart", "static", "-ltorch_cpu", "-ltorch_cuda")
