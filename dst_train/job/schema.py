@@ -14,7 +14,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 # A number, or `full` for all units, which is infinity in the job.
 Explore = Annotated[
     float,
-    Field(ge=1.0),
+    Field(ge=1.0, allow_inf_nan=True),
     BeforeValidator(lambda value: math.inf if value == "full" else value),
     PlainSerializer(lambda value: "full" if value == math.inf else value),
     WithJsonSchema({"anyOf": [{"type": "number", "minimum": 1}, {"const": "full"}]}),
@@ -22,7 +22,9 @@ Explore = Annotated[
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class TimmModel(Strict):

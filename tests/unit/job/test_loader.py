@@ -175,6 +175,8 @@ def test_overrides_reach_into_lists(write: Write) -> None:
         ("sparsity.rules.1.sparsity=0.5", "--set sparsity.rules.1.sparsity=0.5: sparsity.rules is a list of 1; '1' is not the index (from 0) of one of its items"),
         ("sparsity.rules.-1.band=2", "--set sparsity.rules.-1.band=2: sparsity.rules is a list of 1; '-1' is not"),
         ("sparsity.rules.first.band=2", "--set sparsity.rules.first.band=2: sparsity.rules is a list of 1; 'first' is not"),
+        ("optimizer.lr=.inf", "--set optimizer.lr=.inf: optimizer.lr: input should be a finite number, got inf"),
+        ("topology.cold_start=.nan", "--set topology.cold_start=.nan: topology.cold_start: input should be a finite number, got nan"),
         ("sparsity.rules.0.sparsity=2", "--set sparsity.rules.0.sparsity=2: sparsity.rules.0.sparsity: input should be less than 1, got 2"),
         ("sparsity.rules.0.bnd=2", "--set sparsity.rules.0.bnd=2: sparsity.rules.0.bnd: unknown key; did you mean 'band'?"),
         ("topology=rigl", "--set topology=rigl: topology: input should be a valid dictionary"),
