@@ -115,6 +115,25 @@ def test_gradients_through_what_the_gelu_was_applied_to(used: tuple[bool, bool])
         torch.testing.assert_close(a, b)
 
 
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:  # type: ignore[override]
+        return None
+
+
+def test_a_gelu_whose_result_gets_no_gradient_gives_none() -> None:
+    c = case(24, 16, 3, 1, torch.float32)
+    x, values = c["x"].requires_grad_(), c["values"].requires_grad_()
+    y = dst_ops.diagonal_linear(x, values, c["offsets"], **c["sizes"], activation="gelu")
+    _WithoutGradient.apply(y).sum().backward()
+    assert x.grad is None
+    assert values.grad is None
+
+
 @pytest.mark.usefixtures("kernel")
 def test_non_contiguous_inputs() -> None:
     c = case(24, 60, 9, 1, torch.float32, (6, 8))
