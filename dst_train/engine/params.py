@@ -80,17 +80,20 @@ class DeepSpeedEditor:
             state = element_state(optimizer.state.get(parameter, {}), parameter.numel())
             return Piece(0, parameter.data.view(-1), {k: v.view(-1) for k, v in state.items()})
         if self._stage in (1, 2):
-            return self._fragment(parameter)
+            return self._fragment(parameter, optimizer)
         return self._partition(parameter, optimizer)
 
     @staticmethod
-    def _fragment(parameter: nn.Parameter) -> Piece | None:
+    def _fragment(parameter: nn.Parameter, optimizer: Any) -> Piece | None:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
-        master = mapping.hp_fragment
-        state = element_state(mapping.optim_fragment or {}, master.numel())
-        return Piece(mapping.lp_fragment_address.start, master, state)
+        # Not mapping.optim_fragment: it is linked after the first step of the first group, when later groups have no state yet.
+        flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        place = (mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+        state = element_state(optimizer.optimizer.state.get(flat, {}), flat.numel())
+        moments = {k: v.narrow(0, *place) for k, v in state.items()}
+        return Piece(mapping.lp_fragment_address.start, mapping.hp_fragment, moments)
 
     @staticmethod
     def _partition(parameter: nn.Parameter, optimizer: Any) -> Piece | None:

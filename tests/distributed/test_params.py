@@ -39,6 +39,15 @@ def _model(kind: str) -> nn.Sequential:
     return model
 
 
+def _optimizer(model: nn.Module) -> torch.optim.AdamW:
+    """In groups, as jobs have them: DeepSpeed steps them one after the other."""
+    importance = {id(layer.alpha) for layer in sparse_layers(model).values()}
+    alphas = [p for p in model.parameters() if id(p) in importance]
+    others = [p for p in model.parameters() if id(p) not in importance]
+    groups = [[p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2], alphas]
+    return torch.optim.AdamW([{"params": group} for group in groups if group], lr=1e-2)
+
+
 def _topology(model: nn.Module, kind: str) -> Topology:
     share = 1.0 if kind == "permuted" else 0.3  # of 75 inputs, some are to move
     method = "dynadiag" if kind == "dynadiag" else "rigl"
@@ -63,7 +72,7 @@ def _batches() -> list[Tensor]:
 def _alone(kind: str) -> dict[str, dict[str, Tensor]]:
     """The single-process result in plain PyTorch."""
     model = _model(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = _optimizer(model)
     topology = _topology(model, kind).bind(optimizer)
     for x in _batches():
         optimizer.zero_grad()
@@ -122,7 +131,7 @@ def _run(configs: list[Config]) -> dict[Config, dict[str, Any]]:
             **SECTIONS[precision],
         }
         model = _model(kind)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = _optimizer(model)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         topology = _topology(engine.module, kind).bind(engine)
         before: dict[str, Any] = {}
