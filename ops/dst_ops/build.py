@@ -185,7 +185,7 @@ def _recipe(device: str) -> _Recipe:
     if device == "cuda":
         nvcc, version = _nvcc()
         host = f" -ccbin {_quoted(os.environ['CXX'])}" if os.environ.get("CXX") else ""
-        flags = (*COMMON_FLAGS, "--threads 0", f"-Xcompiler {','.join(HOST_FLAGS)}", *_chips())
+        flags = (*COMMON_FLAGS, f"-Xcompiler {','.join(HOST_FLAGS)}", *_chips())
         sources: dict[str, tuple[str, ...]] = {name: () for name in files if name.endswith(".cu")}
         # The runtime's symbols stay inside, so that any minor version of CUDA in torch will do.
         link = ("-cudart", "static", "-ltorch_cpu", "-ltorch_cuda")
@@ -234,10 +234,12 @@ def _chips() -> list[str]:
 
 def _run_ninja(folder: Path, device: str) -> None:
     torch_root, recipe = Path(torch.__file__).parent, _recipe(device)
+    jobs = os.environ.get("MAX_JOBS")
+    chips_at_once = " --threads 0" if device == "cuda" and not jobs else ""
     include, library = _quoted(torch_root / "include"), _quoted(torch_root / "lib")
     rules = [
         "rule compile",
-        f"  command = {recipe.compiler} {' '.join(recipe.flags)} -isystem {include} $flags -c $in -o $out",
+        f"  command = {recipe.compiler}{chips_at_once} {' '.join(recipe.flags)} -isystem {include} $flags -c $in -o $out",
         "rule link",
         f"  command = {recipe.compiler} -shared $in -o $out -L{library} {' '.join(recipe.link)}",
     ]
@@ -247,9 +249,12 @@ def _run_ninja(folder: Path, device: str) -> None:
         rules += [f"build {objects[-1]}: compile {_escaped(SOURCES / device / name)}", f"  flags = {' '.join(flags)}"]
     rules.append(f"build library.so: link {' '.join(objects)}")
     (folder / "build.ninja").write_text("\n".join(rules) + "\n")
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     subprocess.run(
-        [_ninja(), "-C", str(folder), *jobs], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else [])],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
