@@ -68,8 +68,8 @@ class SparseLayer(nn.Module, ABC):
     def unit_scores(self, x: Tensor, dy: Tensor, reduce: Reduce | None) -> Tensor:
         """Mean over the entries of each unit, present or not, of |dL/dW|, float32 [num_units].
 
-        x: [tokens, in_features], after `arrange`; dy: [tokens, out_features]. reduce(block, first_row) is applied to each
-        block of rows of dL/dW before the absolute value.
+        x: [tokens, in_features], after `arrange`; dy: [tokens, out_features]. reduce(block, first_column) is
+        applied to each block of columns of dL/dW before the absolute value.
         """
 
     @abstractmethod

@@ -145,19 +145,25 @@ class DiagonalLinear(SparseLayer):
             column = (column + first[row // self.band] + row % self.band) % self.in_features
         return column
 
-    def position_gains(self, gradient: Tensor, first_row: int, positions: Tensor) -> Tensor:
+    def position_gains(self, gradient: Tensor, first_column: int, positions: Tensor) -> Tensor:
         """What the growth signal says of another order of some inputs, float32 [n, n].
 
         Entry (p, q) is the sum of |dL/dW| over the entries of W that position p has, if p had the input of position q.
-        gradient: rows of dL/dW, [rows, in_features] from first_row on; positions: int64 [n].
+        gradient: columns of dL/dW, [out_features, columns] from first_column on; positions: int64 [n]. Of a position q that
+        is not among the columns, zeros.
         """
-        candidates = torch.zeros(self.num_units, self.band, dtype=torch.bool, device=gradient.device)
-        candidates[self.offsets[self.offsets >= 0].long()] = True
-        offset = torch.arange(first_row, first_row + gradient.shape[0], device=gradient.device)[:, None] - positions
-        if self.out_features < self.in_features:
-            offset = -offset
-        present = candidates.flatten()[offset % candidates.numel()]
-        return present.to(gradient.dtype).t() @ gradient[:, positions].abs()
+        gains = gradient.new_zeros(positions.numel(), positions.numel())
+        here = torch.nonzero((positions >= first_column) & (positions < first_column + gradient.shape[1])).flatten()
+        if here.numel() > 0:
+            candidates = gradient.new_zeros(self.num_units, self.band)
+            candidates[self.offsets[self.offsets >= 0].long()] = 1.0
+            tall = self.out_features >= self.in_features
+            # Of each offset, whether it is present in rows 0, 1, ... of a column: a run of the candidates, around the end.
+            around = (candidates if tall else candidates.flip(0, 1)).flatten().repeat(2)
+            first = -positions if tall else ~positions
+            present = around.unfold(0, self.out_features, 1)[first % candidates.numel()]
+            gains[:, here] = present @ gradient[:, positions[here] - first_column].abs()
+        return gains
 
     def reset_parameters(self) -> None:
         """nn.Linear's uniform initialisation, with the mean number of inputs of an output that stay in place of in_features."""

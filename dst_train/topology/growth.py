@@ -105,14 +105,14 @@ class GrowthSignal:
             held = self._sums.pop(name, None)
             self._scores[name] = layer.unit_scores(x2, dy2, partial(self._reduce, name, held))
 
-    def _reduce(self, name: str, held: Tensor | None, block: Tensor, first_row: int) -> Tensor:
+    def _reduce(self, name: str, held: Tensor | None, block: Tensor, first_column: int) -> Tensor:
         if held is not None:
-            block += held[first_row : first_row + block.shape[0]]
+            block += held[:, first_column : first_column + block.shape[1]]
         if self._exact:
             block = self._ranks.sum_(block)
         if name in self._positions:
             layer, positions = self._layers[name], self._positions[name].to(block.device)
             assert isinstance(layer, DiagonalLinear)
-            gains = layer.position_gains(block, first_row, positions)
+            gains = layer.position_gains(block, first_column, positions)
             self._gains[name] = self._gains[name] + gains if name in self._gains else gains
         return block

@@ -10,7 +10,7 @@ from torch import Tensor
 from dst_ops import build, reference, registration  # noqa: F401  (registers torch.ops.dst_ops)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SCORE_BLOCK = 2**20  # elements of dW held at once: 4 MiB in fp32
+SCORE_BLOCK = 3 * 2**19  # elements of dW held at once: 6 MiB in fp32
 
 
 def diagonal_linear(
@@ -109,12 +109,12 @@ def diagonal_scores(
 ) -> Tensor:
     """Mean |dW| over the entries of each unit, where dW = dy^T x is the dense weight's gradient.
 
-    dW is computed in fp32 in blocks of rows of at most 4 MiB (or one row, or half of dW) and never held as a whole.
+    dW is computed in fp32 in blocks of columns of at most 6 MiB (or one column, or half of dW) and never held as a whole.
 
     Args:
         x: [..., in_features]. dy: [..., out_features], same leading shape and device.
-        reduce: called with each block dW[first_row : first_row + rows] (fp32, contiguous, may be changed in place) and
-            first_row, before the absolute value; returns the block to use, for example summed over ranks. The cut into
+        reduce: called with each block dW[:, first : first + columns] (fp32, contiguous, may be changed in place) and
+            first, before the absolute value; returns the block to use, for example summed over ranks. The cut into
             blocks depends on out_features and in_features only, so that it is the same on all ranks.
 
     Returns:
@@ -129,14 +129,15 @@ def diagonal_scores(
     _check(tuple(dy.shape) == expected, "dy", "shape", dy.shape, expected)
     _check(dy.device == x.device, "dy", "device", dy.device, "the device of x, {}", x.device)
     x32, dy32 = x.reshape(-1, in_features).float(), dy.reshape(-1, out_features).float()
-    block_rows = max(1, min(SCORE_BLOCK // in_features, -(-out_features // 2)))
+    # Columns, not rows: MKL's product is then a tenth quicker where dW is large.
+    columns = max(1, min(SCORE_BLOCK // out_features, -(-in_features // 2)))
     sums = x32.new_zeros(max(out_features, in_features))
     with torch.autocast(x.device.type, enabled=False):
-        for first in range(0, out_features, block_rows):
-            block = dy32[:, first : first + block_rows].t() @ x32
+        for first in range(0, in_features, columns):
+            block = dy32.t() @ x32[:, first : first + columns]
             if reduce is not None:
                 block = reduce(block, first)
-            sums += torch.ops.dst_ops.diagonal_sums(block, first, out_features)
+            sums += torch.ops.dst_ops.diagonal_sums(block, first, in_features)
             del block  # before the next one is there
     return sums.view(-1, band).sum(1) / (band * min(out_features, in_features))
 

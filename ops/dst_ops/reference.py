@@ -63,18 +63,18 @@ def dvalues(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
     return torch.stack(rows).to(dtype=wide)
 
 
-def diagonal_sums(block: Tensor, first_row: int, out_features: int) -> Tensor:
-    """Sums of |entries| [P] along the candidates, for rows first_row ... (block [rows, N], fp32) of a matrix.
+def diagonal_sums(block: Tensor, first_column: int, in_features: int) -> Tensor:
+    """Sums of |entries| [P] along the candidates, for columns first_column ... (block [M, columns], fp32) of a matrix.
 
-    Row a of the block is written shifted by rows - 1 - a into a wider matrix, so that a diagonal becomes a column.
+    Column a of the block becomes row a of a wider matrix, shifted by columns - 1 - a, so that a diagonal becomes a column.
     """
-    rows, in_features = block.shape
-    width = rows + in_features - 1
-    skewed = block.new_zeros(rows * width)
-    torch.abs(block, out=skewed.as_strided((rows, in_features), (width - 1, 1), rows - 1))
-    shift = torch.arange(width, device=block.device) - (rows - 1) - first_row  # column - row
-    candidate = -shift % out_features if out_features >= in_features else shift % in_features
-    return block.new_zeros(max(out_features, in_features)).index_add_(0, candidate, skewed.view(rows, width).sum(0))
+    out_features, columns = block.shape
+    width = columns + out_features - 1
+    skewed = block.new_zeros(columns * width)
+    torch.abs(block, out=skewed.as_strided((out_features, columns), (1, width - 1), columns - 1))
+    shift = torch.arange(width, device=block.device) - (columns - 1) - first_column  # row - column
+    candidate = shift % out_features if out_features >= in_features else -shift % in_features
+    return block.new_zeros(max(out_features, in_features)).index_add_(0, candidate, skewed.view(columns, width).sum(0))
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

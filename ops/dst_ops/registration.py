@@ -24,7 +24,7 @@ SCHEMAS = (
     " -> (Tensor, Tensor)",  # GELU of linear, and what it was applied to (no numbers unless `keep`)
     "linear_transposed(Tensor dy, Tensor values, Tensor offsets, SymInt in_features, int band) -> Tensor",
     "dvalues(Tensor dy, Tensor x, Tensor offsets, int band) -> Tensor",
-    "diagonal_sums(Tensor block, int first_row, int out_features) -> Tensor",  # of |entries|; has no derivative
+    "diagonal_sums(Tensor block, int first_column, int in_features) -> Tensor",  # of |entries|; has no derivative
 )
 
 library = torch.library.Library("dst_ops", "DEF")
@@ -79,8 +79,8 @@ def _(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
 
 
 @torch.library.register_fake("dst_ops::diagonal_sums")
-def _(block: Tensor, first_row: int, out_features: int) -> Tensor:
-    return block.new_empty(max(out_features, block.shape[-1]))
+def _(block: Tensor, first_column: int, in_features: int) -> Tensor:
+    return block.new_empty(max(block.shape[0], in_features))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -23,7 +23,7 @@ def _expected(x: Tensor, dy: Tensor, band: int) -> Tensor:
     return scores.view(-1, band).sum(1) / (band * min(m, n))
 
 
-@pytest.mark.parametrize("block", [1, 64, 2**21], ids=["rows", "small", "whole"])
+@pytest.mark.parametrize("block", [1, 64, 2**21], ids=["columns", "small", "whole"])
 @pytest.mark.parametrize("shape", CASES, ids=str)
 def test_scores(shape: tuple[int, int, int, int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "SCORE_BLOCK", block)
@@ -32,16 +32,16 @@ def test_scores(shape: tuple[int, int, int, int], block: int, monkeypatch: pytes
     x, dy = torch.randn(6, n), torch.randn(6, m)
     seen: list[int] = []
 
-    def reduce(part: Tensor, first_row: int) -> Tensor:
+    def reduce(part: Tensor, first_column: int) -> Tensor:
         assert part.is_contiguous()
-        assert part.numel() <= max(block, n)
-        seen.extend(range(first_row, first_row + part.shape[0]))
+        assert part.numel() <= max(block, m)
+        seen.extend(range(first_column, first_column + part.shape[1]))
         return part
 
     scores = dst_ops.diagonal_scores(
         x.view(2, 3, n), dy.view(2, 3, m), out_features=m, in_features=n, band=band, reduce=reduce
     )
-    assert seen == list(range(m))
+    assert seen == list(range(n))
     # A mean of |sum of 6 products| in fp32.
     torch.testing.assert_close(scores.double(), _expected(x, dy, band), rtol=1e-5, atol=1e-6)
 
@@ -51,21 +51,21 @@ def test_reduce_acts_before_the_absolute_value() -> None:
     x, dy = torch.randn(8, 20), torch.randn(8, 12)
     held: dict[int, Tensor] = {}
 
-    def hold(part: Tensor, first_row: int) -> Tensor:
-        held[first_row] = part.clone()
+    def hold(part: Tensor, first_column: int) -> Tensor:
+        held[first_column] = part.clone()
         return part
 
     sizes: dict[str, Any] = {"out_features": 12, "in_features": 20}
     dst_ops.diagonal_scores(x[:4], dy[:4], **sizes, reduce=hold)
-    both = dst_ops.diagonal_scores(x[4:], dy[4:], **sizes, reduce=lambda part, first_row: part + held[first_row])
+    both = dst_ops.diagonal_scores(x[4:], dy[4:], **sizes, reduce=lambda part, first_column: part + held[first_column])
     torch.testing.assert_close(both, dst_ops.diagonal_scores(x, dy, **sizes), rtol=1e-5, atol=1e-6)
 
 
 def test_no_rows_still_reduces() -> None:
     calls = []
 
-    def reduce(part: Tensor, first_row: int) -> Tensor:
-        calls.append(first_row)
+    def reduce(part: Tensor, first_column: int) -> Tensor:
+        calls.append(first_column)
         return part + 1
 
     scores = dst_ops.diagonal_scores(torch.zeros(0, 4), torch.zeros(0, 6), out_features=6, in_features=4, reduce=reduce)
@@ -97,33 +97,37 @@ def test_bad_arguments_are_named(x: Tensor, dy: Tensor, band: int, message: str)
         dst_ops.diagonal_scores(x, dy, out_features=6, in_features=4, band=band)
 
 
-@pytest.mark.parametrize("first_row", [0, 3])
-@pytest.mark.parametrize(("rows", "m", "n"), [(5, 8, 6), (4, 7, 700), (2, 700, 7), (1, 9, 9), (2, 6, 5)])
-def test_sums_along_diagonals(rows: int, m: int, n: int, first_row: int) -> None:
+@pytest.mark.parametrize("first_column", [0, 3])
+@pytest.mark.parametrize(
+    ("columns", "m", "n"), [(5, 6, 8), (4, 700, 7), (2, 7, 700), (1, 9, 9), (2, 5, 6), (300, 40, 310)]
+)
+def test_sums_along_diagonals(columns: int, m: int, n: int, first_column: int) -> None:
     torch.manual_seed(0)
-    block = torch.randn(rows, n)
+    block = torch.randn(m, columns)
     expected = torch.zeros(max(m, n), dtype=torch.float64)
-    for row in range(rows):
-        for column in range(n):
-            r = first_row + row
-            expected[(r - column) % m if m >= n else (column - r) % n] += block[row, column].abs()
+    for row in range(m):
+        for j in range(columns):
+            column = first_column + j
+            expected[(row - column) % m if m >= n else (column - row) % n] += block[row, j].abs()
     assert dst_ops.load()
     for sums in (torch.ops.dst_ops.diagonal_sums, reference.diagonal_sums):
-        # At most 5 terms, each rounded once when it is added.
-        torch.testing.assert_close(sums(block, first_row, m).double(), expected, rtol=5 * 2**-24, atol=0)
-    torch.library.opcheck(torch.ops.dst_ops.diagonal_sums.default, (block, first_row, m))
+        # At most min(columns, m) terms, each rounded once when it is added.
+        torch.testing.assert_close(
+            sums(block, first_column, n).double(), expected, rtol=min(columns, m) * 2**-24, atol=0
+        )
+    torch.library.opcheck(torch.ops.dst_ops.diagonal_sums.default, (block, first_column, n))
 
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
-    ("block", "first_row", "message"),
+    ("block", "first_column", "message"),
     [
-        (torch.zeros(2, 4, dtype=torch.float64), 0, "block must be float32"),
+        (torch.zeros(4, 2, dtype=torch.float64), 0, "block must be float32"),
         (torch.zeros(4), 0, "block must be float32"),
-        (torch.zeros(2, 4), 5, "rows 5 to 6 are not among 6"),
-        (torch.zeros(2, 4), -1, "rows -1 to 0 are not among 6"),
+        (torch.zeros(4, 2), 5, "columns 5 to 6 are not among 6"),
+        (torch.zeros(4, 2), -1, "columns -1 to 0 are not among 6"),
     ],
 )
-def test_the_kernel_names_what_it_refuses(block: Tensor, first_row: int, message: str) -> None:
+def test_the_kernel_names_what_it_refuses(block: Tensor, first_column: int, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dst_ops.diagonal_sums(block, first_row, 6)
+        torch.ops.dst_ops.diagonal_sums(block, first_column, 6)

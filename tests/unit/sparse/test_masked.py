@@ -97,7 +97,7 @@ def test_forward_gradient_and_scores() -> None:
     expected = gradient.abs().view(6, 2, 4, 2).mean((1, 3)).flatten().float()
     # Products of 5 tokens in float32.
     torch.testing.assert_close(layer.unit_scores(x, dy, None), expected, rtol=1e-5, atol=1e-5)
-    doubled = layer.unit_scores(x, dy, lambda block, first_row: 2 * block)
+    doubled = layer.unit_scores(x, dy, lambda block, first_column: 2 * block)
     torch.testing.assert_close(doubled, 2 * expected, rtol=1e-5, atol=1e-5)
 
 

@@ -61,7 +61,7 @@ def test_positions_of_values_and_gains_against_the_dense_weight(in_features: int
     present = dense != 0
     assert torch.equal(dense, present * torch.arange(1.0, in_features + 1))
     gradient, positions = torch.randn(out_features, in_features), torch.tensor([1, 4, 5, 11])
-    blocks = [layer.position_gains(gradient[i : i + 5], i, positions) for i in range(0, out_features, 5)]
+    blocks = [layer.position_gains(gradient[:, i : i + 5], i, positions) for i in range(0, in_features, 5)]
     expected = [[float(gradient[present[:, p], q].abs().sum()) for q in positions] for p in positions]
     torch.testing.assert_close(sum(blocks), torch.tensor(expected))
 

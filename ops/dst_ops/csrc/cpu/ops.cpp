@@ -110,14 +110,14 @@ Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t
   return grad;
 }
 
-Tensor sums_of_diagonals(const Tensor& block, int64_t first_row, int64_t out_features) {
-  STD_TORCH_CHECK(block.dim() == 2 && block.size(1) >= 1 && block.scalar_type() == ScalarType::Float, "dst_ops: block must be float32 [rows, in_features]");
-  STD_TORCH_CHECK(first_row >= 0 && first_row + block.size(0) <= out_features, "dst_ops: rows ", first_row, " to ", first_row + block.size(0) - 1,
-                  " are not among ", out_features);
+Tensor sums_of_diagonals(const Tensor& block, int64_t first_column, int64_t in_features) {
+  STD_TORCH_CHECK(block.dim() == 2 && block.size(0) >= 1 && block.scalar_type() == ScalarType::Float, "dst_ops: block must be float32 [out_features, columns]");
+  const int64_t M = block.size(0), columns = block.size(1);
+  STD_TORCH_CHECK(first_column >= 0 && first_column + columns <= in_features, "dst_ops: columns ", first_column, " to ", first_column + columns - 1,
+                  " are not among ", in_features);
   const Tensor whole = torch::stable::contiguous(block);
-  const int64_t N = whole.size(1);
-  Tensor sums = torch::stable::new_empty(whole, {std::max(out_features, N)});
-  diagonal_sums(static_cast<const float*>(whole.const_data_ptr()), static_cast<float*>(sums.mutable_data_ptr()), whole.size(0), first_row, out_features, N);
+  Tensor sums = torch::stable::new_empty(whole, {std::max(M, in_features)});
+  diagonal_sums(static_cast<const float*>(whole.const_data_ptr()), static_cast<float*>(sums.mutable_data_ptr()), columns, first_column, M, in_features);
   return sums;
 }
 
