@@ -115,8 +115,9 @@ class Temperature(Strict):
 class Topology(Strict):
     method: Literal["static", "set", "rigl", "mest", "cht", "chts", "srigl", "chase", "dynadiag"] = "rigl"
     update: Update = Update()
-    drop_fraction: Fraction = 0.3
-    """Share of the active units replaced at the first update; decays to 0 by cosine. Less where data are seen once or a few times."""
+    drop_fraction: Fraction | None = None
+    """Share of the active units replaced at the first update; decays to 0 by cosine. By default 0.1 for `dynadiag`, 0.3 for others; less
+    where data are seen once."""
     grow_signal: Literal["exact", "local"] = "exact"
     """`exact`: |mean gradient over ranks|, the same topology on any number of ranks. `local`: mean over ranks of |gradient|, cheaper."""
     gradient_weight: Annotated[float, Field(ge=0.0)] = 1.0

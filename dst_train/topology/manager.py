@@ -180,7 +180,7 @@ class Topology:
         self._signal.stop()
         if self._due and self._method is not None and (self._method.measures or self._ordered):
             assert self._editor is not None
-            fraction = policy.cosine_drop_fraction(self.settings.drop_fraction, coming, self.settings.last_step)
+            fraction = policy.cosine_drop_fraction(self.settings.first_drop_fraction, coming, self.settings.last_step)
             self._weakest = permutation.weakest(self._ordered, fraction, self._editor, self._ranks)
             self._signal.start({name: chosen.positions for name, chosen in self._weakest.items()})
         if self._soft:
@@ -218,7 +218,7 @@ class Topology:
         assert self._editor is not None
         started = time.perf_counter()
         self._require_equal(f"before the topology update at step {self.steps}")
-        fraction = policy.cosine_drop_fraction(self.settings.drop_fraction, self.steps, self.settings.last_step)
+        fraction = policy.cosine_drop_fraction(self.settings.first_drop_fraction, self.steps, self.settings.last_step)
         gains = self._signal.take_gains()
         gradients = self._signal.take() if self._signal.active else {}
         changes = []

@@ -20,7 +20,8 @@ class Settings:
         `dynadiag` (arXiv 2506.11449, changed as docs/architecture.md says): by learned importance, needs
         `sparsify(..., gate="straight_through")`, or `gate="soft", explore=inf` for the paper's released code.
     total_steps: optimiser steps of the whole training; updates happen every `every` steps before `until * total_steps`.
-    drop_fraction: share of the active units replaced at first, decayed by cosine.
+    drop_fraction: share of the active units replaced at first, decayed by cosine. None: 0.1 for `dynadiag` (docs/dynadiag.md), 0.3
+        for the others.
     grow_signal: see `GrowthSignal`; `mest` and `dynadiag` take |gradient| from it.
     cold_start: second moment of regrown units, as a multiple of the mean of the layer's surviving ones, at least 0. 0: as Adam's
         step counter is shared, their first steps are up to three times as long (SMET, arXiv 2606.00888); what is new catches
@@ -40,7 +41,7 @@ class Settings:
     method: str = "rigl"
     every: int = 100
     until: float = 0.75
-    drop_fraction: float = 0.3
+    drop_fraction: float | None = None
     grow_signal: str = "exact"
     cold_start: float = 0.0
     gradient_weight: float = 1.0
@@ -60,9 +61,9 @@ class Settings:
         for name in ("total_steps", "every", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("until", "drop_fraction"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be in (0, 1]")
+        for name, value in (("until", self.until), ("drop_fraction", self.first_drop_fraction)):
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"{name}={value}: must be in (0, 1]")
         for name in ("cold_start", "gradient_weight"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be finite and at least 0")
@@ -72,6 +73,13 @@ class Settings:
             raise ValueError(f"channel_sparsity={self.channel_sparsity}: must be in [0, 1)")
         if not min(self.temperature) > 0.0:
             raise ValueError(f"temperature={self.temperature}: both must be above 0")
+
+    @property
+    def first_drop_fraction(self) -> float:
+        """`drop_fraction`, or its default."""
+        if self.drop_fraction is None:
+            return 0.1 if self.method == "dynadiag" else 0.3
+        return self.drop_fraction
 
     @property
     def last_step(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dst_train.sparse import DiagonalLinear, sparsify
 from dst_train.topology import Topology, editor_for
+from dst_train.topology.settings import Settings
 
 
 def _model(band: int = 1) -> nn.Sequential:
@@ -70,7 +71,7 @@ def test_survivors_are_untouched_and_regrown_rows_are_reset(method: str, band: i
         changed = layer.offsets != before["offsets"]
         magnitude = before["values"].abs().view(layer.num_active, -1).double().sum(1)
         count = round(
-            topology.settings.drop_fraction
+            topology.settings.first_drop_fraction
             / 2
             * (1 + torch.cos(torch.tensor(torch.pi * 2 / 30)).item())
             * layer.num_active
@@ -285,6 +286,12 @@ def test_evaluation_between_steps_does_not_count() -> None:
 def test_bad_arguments_are_named(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Topology(_model(), **{"total_steps": 10, **kwargs})
+
+
+@pytest.mark.parametrize(("method", "default"), [("rigl", 0.3), ("set", 0.3), ("dynadiag", 0.1)])
+def test_what_an_update_drops_by_default(method: str, default: float) -> None:
+    assert Settings(total_steps=10, method=method).first_drop_fraction == default
+    assert Settings(total_steps=10, method=method, drop_fraction=0.2).first_drop_fraction == 0.2
 
 
 def test_a_dense_model_is_refused() -> None:
