@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Reduce = Callable[[Tensor, int], Tensor]
+Watch = Callable[[Tensor, Tensor], None]
 
 
 class SparseLayer(nn.Module, ABC):
@@ -25,6 +26,8 @@ class SparseLayer(nn.Module, ABC):
         alpha: Parameter [num_units], the learned importance of each unit, or None.
         gate: how alpha acts, see `DiagonalLinear`.
         temperature: of the soft gate.
+        watch: called with the input and the output of each forward pass, while set. A forward hook would do, but torch.compile
+            does not see hooks that come after a model's first call.
     """
 
     in_features: int
@@ -39,6 +42,18 @@ class SparseLayer(nn.Module, ABC):
     alpha: nn.Parameter | None
     gate: str | None = None
     temperature: float = 1.0
+    watch: Watch | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features]."""
+        y = self.product(x)
+        if self.watch is not None:
+            self.watch(x, y)
+        return y
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """`forward`, unwatched."""
 
     @property
     @abstractmethod
@@ -95,7 +110,12 @@ class SparseLayer(nn.Module, ABC):
         DynaDiag, arXiv 2506.11449, equation 5: min(1, K softmax(alpha / T)). The straight-through gate is not clipped: the
         weight is multiplied by 1, and only the gradient of alpha sees the factors.
         """
-        share = torch.softmax(alpha.float()[active] / self.temperature, 0)
+        chosen = alpha.float()[active]
+        if self.gate == "soft" and active.numel() <= self.num_final:
+            # As in the paper's released code, what stays is multiplied by exactly 1 from then on. Alpha keeps a gradient, of
+            # zero: ZeRO 3 would count the last one it had in every later step.
+            return 0.0 * chosen + 1.0
+        share = torch.softmax(chosen / self.temperature, 0)
         return (self.num_final * share).clamp(max=1.0) if self.gate == "soft" else active.numel() * share
 
 

@@ -90,7 +90,8 @@ class DiagonalLinear(SparseLayer):
         offsets = drawn[: self.num_start].sort().values
         self.register_buffer("offsets", offsets.to(device=device, dtype=torch.int32))
         self.register_buffer("order", torch.arange(in_features, dtype=torch.int32, device=device) if permute else None)
-        self._taken: Tensor | None = None
+        self._taken: Tensor | None
+        self.register_buffer("_taken", None, persistent=False)
         self.register_load_state_dict_post_hook(_find_taken)
         factory = {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(self.num_start * band, self.length, **factory))  # type: ignore[arg-type]
@@ -189,8 +190,7 @@ class DiagonalLinear(SparseLayer):
     def _initial_density(self) -> float:
         return self.num_start / self.num_units if self.gate == "soft" else self.density
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] -> [..., out_features]."""
+    def product(self, x: Tensor) -> Tensor:
         values, offsets = self._present()
         y = dst_ops.diagonal_linear(
             self.arrange(x),

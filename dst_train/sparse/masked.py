@@ -141,8 +141,7 @@ class MaskedLinear(SparseLayer):
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] -> [..., out_features]."""
+    def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * self.mask, self.bias)
 
     def to_dense(self) -> Tensor:

@@ -172,13 +172,14 @@ def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Modul
                 f"rule {rule.match!r} matches no linear layer of the model; it has, for example, {', '.join(near)}"
             )
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    places = Counter(id(child) for m in model.modules() for child in m._modules.values())
     chosen = []
     for name, layer in dense.items():
         last = next((rule for rule in reversed(rules) if fnmatchcase(name, rule.match)), None)
         if last is None or last.sparsity is None:
             continue
-        weight = model.get_parameter(f"{name}.weight")
-        if owners[id(weight)] > 1:
+        module = model.get_submodule(name)
+        if owners[id(module.weight)] > 1 or places[id(module)] > 1:
             raise ValueError(
                 f"layer {name} shares its weight with another module; keep it dense: add a rule with sparsity: null"
             )

@@ -21,7 +21,7 @@ class ParameterEditor(Protocol):
     """Elements are flat positions in the whole parameter, also when a rank owns only a part of it."""
 
     def check(self, name: str, parameter: nn.Parameter) -> None:
-        """Raise ValueError if the parameter is not optimised."""
+        """Raise ValueError if the parameter is not optimised, or is frozen."""
 
     def sums(self, parameter: nn.Parameter, slot_of: SlotOf, num_slots: int) -> Tensor:
         """This rank's share of [3, num_slots] float64: sums over each slot's elements of the value, of |value| and of the
@@ -58,6 +58,10 @@ class TorchEditor:
     def check(self, name: str, parameter: nn.Parameter) -> None:
         if not any(parameter is p for group in self._optimizer.param_groups for p in group["params"]):
             raise ValueError(f"{name} is not among the optimiser's parameters; create the optimiser after sparsify()")
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"{name} is frozen (requires_grad is False): what grows there would never learn; keep it dense"
+            )
 
     def sums(self, parameter: nn.Parameter, slot_of: SlotOf, num_slots: int) -> Tensor:
         state = element_state(self._optimizer.state.get(parameter, {}), parameter.numel())

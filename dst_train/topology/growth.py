@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from dst_train.sparse import DiagonalLinear, SparseLayer
 from dst_train.topology.ranks import Ranks
@@ -19,7 +17,7 @@ class GrowthSignal:
 
     `exact`: score = mean over the unit's entries of |gradient summed over micro-batches and ranks|, the same on any
     number of ranks (RigL, Evci et al. 2020, takes the absolute value after the reduction as well). The dense gradient
-    of one layer exists in blocks of rows only; with gradient accumulation its signed sum must outlive a micro-batch,
+    of one layer exists in blocks of columns only; with gradient accumulation its signed sum must outlive a micro-batch,
     and one fp32 [out_features, in_features] matrix per layer is held until the last one.
     `local`: sum over micro-batches and ranks of the |gradient| of each; cheaper, and depends on how the batch is cut.
     """
@@ -29,29 +27,26 @@ class GrowthSignal:
         self._ranks = ranks
         self._accumulation = accumulation
         self._exact = exact
-        self._handles: list[RemovableHandle] = []
+        self.active = False
         self._seen: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
         self._scores: dict[str, Tensor] = {}
         self._positions: Mapping[str, Tensor] = {}
         self._gains: dict[str, Tensor] = {}
 
-    @property
-    def active(self) -> bool:
-        return bool(self._handles)
-
     def start(self, positions: Mapping[str, Tensor]) -> None:
         """Measure from the next forward pass on. positions: by layer, those of which `take_gains` is to tell, int64."""
         self.stop()
         self._positions = positions
+        self.active = True
         for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(partial(self._on_forward, name)))
+            layer.watch = partial(self._on_forward, name)
 
     def stop(self) -> None:
         """Stop measuring and forget what was measured."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.active = False
+        for layer in self._layers.values():
+            layer.watch = None
         self._seen.clear()
         self._sums.clear()
         self._scores.clear()
@@ -80,9 +75,10 @@ class GrowthSignal:
         self.stop()
         return scores
 
-    def _on_forward(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(partial(self._on_gradient, name, args[0].detach()))
+    @torch.compiler.disable
+    def _on_forward(self, name: str, x: Tensor, y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(partial(self._on_gradient, name, x.detach()))
 
     @torch.no_grad()
     def _on_gradient(self, name: str, x: Tensor, dy: Tensor) -> None:

@@ -187,8 +187,6 @@ class Topology:
             temperature = policy.temperature(*self.settings.temperature, coming, self.settings.last_step)
             for layer in self.layers.values():
                 layer.temperature = temperature
-                # As in the paper's released code: what stays is multiplied by exactly 1 from then on.
-                layer.gate = "soft" if layer.num_active > layer.num_final else None
 
     def _held(self) -> dict[str, Tensor]:
         return {name: layer.units() for name, layer in self.layers.items()}
@@ -239,7 +237,8 @@ class Topology:
     def _change(self, index: int, layer: SparseLayer, fraction: float) -> Change:
         assert self._method is not None
         start, final = layer.num_start // layer.num_groups, layer.num_final // layer.num_groups
-        last = self.steps + self.settings.every >= self.settings.last_step
+        every = self.settings.every  # the next one comes at a multiple, also when skipped steps have delayed this one
+        last = (self.steps // every + 1) * every >= self.settings.last_step
         if self._soft:
             grow, keep = 0, final if last else layer.num_active
         else:

@@ -134,7 +134,9 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
         survived = kept[held.clamp(min=0)] & (held >= 0) if bool(kept.any()) else held >= 0
         slots = layer.replace(dropped, grown)
         second_moment = change.settings.cold_start * float(scores.second_moment[survived].mean())
-        editor.write(layer.stored, layer.elements(slots), 0.0, second_moment)
+        filled = layer.units()[slots] >= 0
+        editor.write(layer.stored, layer.elements(slots[filled]), 0.0, second_moment)
+        editor.write(layer.stored, layer.elements(slots[~filled]), 0.0, 0.0)
     if layer.alpha is not None and bool(kept.any()):
         alpha[grown] = alpha[kept].mean()
         others = torch.nonzero(~kept).flatten()

@@ -91,6 +91,12 @@ def test_a_subclass_of_linear_is_left_alone() -> None:
     assert [r.name for r in report.layers] == ["fc"]
 
 
+def _twice() -> nn.Module:
+    net = nn.ModuleDict({"encode": nn.Linear(32, 32)})
+    net["decode"] = net["encode"]
+    return net
+
+
 def _tied() -> nn.Module:
     net = nn.ModuleDict({"embed": nn.Embedding(64, 32), "head": nn.Linear(32, 64)})
     net["head"].weight = net["embed"].weight
@@ -118,6 +124,7 @@ def _tied() -> nn.Module:
         (Net, {"match": "head", "sparsity": 0.9, "bands": 1}, "knows only match, sparsity, pattern, band, size"),
         (Net, {"match": "head"}, "needs match and sparsity"),
         (_tied, {"match": "head", "sparsity": 0.9}, "layer head shares its weight"),
+        (_twice, {"match": "encode", "sparsity": 0.9}, "layer encode shares its weight"),
     ],
 )
 def test_bad_rules_are_named(model: type, rule: dict, message: str) -> None:

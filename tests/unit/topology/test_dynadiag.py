@@ -23,7 +23,9 @@ def _start(gate: str = "straight_through", explore: float = 2.0, **kwargs: Any) 
     return model, Topology(model, method="dynadiag", **kwargs).bind(optimizer), optimizer
 
 
-def _train(model: nn.Module, topology: Topology, optimizer: Any, steps: int) -> list[TopologyUpdate | None]:
+def _train(
+    model: nn.Module, topology: Topology, optimizer: Any, steps: int, applied: bool = True
+) -> list[TopologyUpdate | None]:
     torch.manual_seed(topology.steps)
     updates = []
     for _ in range(steps):
@@ -31,7 +33,7 @@ def _train(model: nn.Module, topology: Topology, optimizer: Any, steps: int) -> 
         x = torch.randn(12, 16)
         (model(x) - x[:, :4]).square().mean().backward()
         optimizer.step()
-        updates.append(topology.step())
+        updates.append(topology.step(applied))
     return updates
 
 
@@ -151,7 +153,9 @@ def test_the_soft_gate_competes_until_the_end_and_then_only_the_best_stay() -> N
     for step in range(1, 41):
         (layer, _) = sparse_layers(model).values()
         assert layer.temperature == pytest.approx(0.5 + 1.75 * (1 + math.cos(math.pi * min(1.0, step / 30))))
-        assert layer.gate == ("soft" if step <= 28 else None)
+        active = layer.units()[layer.units() >= 0]
+        assert layer.alpha is not None
+        assert torch.equal(layer.gates(layer.alpha, active), torch.ones(12)) == (step > 28)
         (update,) = _train(model, topology, optimizer, 1)
         updates += [] if update is None else [update]
         if step == 28:
@@ -162,12 +166,36 @@ def test_the_soft_gate_competes_until_the_end_and_then_only_the_best_stay() -> N
         assert all(not c.dropped and not c.grown and len(c.active) == 48 for c in update.layers)
         assert all(c.effective_units is not None and c.temperature is not None for c in update.layers)
     for change in last.layers:
+        assert change.gates == (1.0,) * 12
         assert set(change.active) == set(alpha[change.name].argsort(descending=True)[:12].tolist())
     for layer in sparse_layers(model).values():
         x = torch.randn(3, layer.in_features)
         torch.testing.assert_close(
             layer(x), nn.functional.linear(x, layer.to_dense(), layer.bias), rtol=1e-5, atol=1e-5
         )
+        assert layer.alpha is not None
+        assert layer.alpha.grad is not None  # None would leave the last one in ZeRO 3's buffers
+        assert not layer.alpha.grad.any()
+    fresh, _, _ = _start("soft", math.inf)
+    fresh.load_state_dict(model.state_dict())
+    x = torch.randn(5, 16)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_a_delayed_update_is_not_taken_for_the_last() -> None:
+    """Those of steps 10 and 20; the first comes at 19, as steps were skipped, and step 29 is beyond the end."""
+    model, topology, optimizer = _start("soft", math.inf, every=10, total_steps=29, until=1.0)
+    _train(model, topology, optimizer, 18, applied=False)
+    (delayed, last) = (u for u in _train(model, topology, optimizer, 10) if u is not None)
+    assert [(u.step, len(u.layers[0].active)) for u in (delayed, last)] == [(19, 48), (20, 12)]
+
+
+def test_what_a_settled_layer_remembers_moves_with_it() -> None:
+    model, topology, optimizer = _start()
+    _train(model, topology, optimizer, 40)
+    (layer, _) = sparse_layers(model).values()
+    assert layer.num_active < layer.units().numel()
+    assert {b.device.type for b in layer.to("meta").buffers()} == {"meta"}
 
 
 @pytest.mark.parametrize(("gate", "explore", "steps"), [("straight_through", 2.0, 9), ("soft", math.inf, 29)])

@@ -199,6 +199,24 @@ def test_a_skipped_step_postpones_the_update() -> None:
     assert update.number == 1
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it where a graph goes on after a break
+@pytest.mark.parametrize("method", ["rigl", "dynadiag"])
+def test_a_compiled_model_gets_the_same_topology(method: str) -> None:
+    gated = {"explore": 2.0, "gate": "straight_through"} if method == "dynadiag" else {}
+    digests = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 4))
+        sparsify(model, [{"match": "0", "sparsity": 0.75}], **gated)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        topology = Topology(model, method=method, every=3, total_steps=12).bind(optimizer)
+        run = torch.compile(model, backend="eager") if compiled else model
+        updates = _train(run, topology, optimizer, 12)
+        assert [u is not None for u in updates] == [step in (3, 6) for step in range(1, 13)]
+        digests.append(topology.digest())
+    assert digests[0] == digests[1]
+
+
 def test_state_dict_continues_exactly() -> None:
     model, topology, optimizer = _start("set", every=2)
     _train(model, topology, optimizer, 5)
@@ -309,6 +327,9 @@ def test_binding_errors() -> None:
         topology.bind(3)
     with pytest.raises(ValueError, match=r"0 \(weight\) is not among the optimiser's parameters"):
         topology.bind(torch.optim.SGD(model[4].parameters(), lr=0.1))
+    model[2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"2 \(weight\) is frozen.*keep it dense"):
+        topology.bind(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_unknown_optimiser_state_is_refused() -> None:

@@ -116,6 +116,28 @@ def test_free_slots_stay_zero() -> None:
     assert not optimizer.state[layer.values]["exp_avg_sq"].view(4, 20)[:2].eq(0.5).any()
 
 
+def test_the_second_moment_is_that_of_the_weights_that_are_there() -> None:
+    """Of units that were dropped without a successor nothing is left that counts."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 60), nn.GELU(), nn.Linear(60, 30))
+    sparsify(model, [{"match": "*", "sparsity": 0.8, "permute": "learned"}], explore=2.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    editor = editor_for(optimizer)
+    topology = Topology(model, method="rigl", every=2, total_steps=40, cold_start=5.0).bind(optimizer)
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(12, 40)).square().mean().backward()
+        optimizer.step()
+        topology.step()
+    layer = model[0]
+    assert isinstance(layer, DiagonalLinear)
+    active = layer.units() >= 0
+    assert not active.all()
+    second = optimizer.state[layer.values]["exp_avg_sq"]
+    (chosen,) = weakest({"0": layer}, 1.0, editor, Ranks()).values()
+    assert chosen.second_moment == pytest.approx(float(second[active].double().mean()))
+
+
 def _start(method: str = "rigl", **more: Any) -> tuple[nn.Sequential, Topology, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 60), nn.GELU(), nn.Linear(60, 30))
