@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
+
+# What starts many processes sets one of these; only deepspeed and torchrun also set RANK.
+COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def main() -> int:
@@ -19,6 +23,15 @@ def main() -> int:
 
     from dst_train.monitor import quiet_libraries
 
+    for name in COUNTS:
+        if "RANK" not in os.environ and int(os.environ.get(name, 1)) > 1:
+            print(
+                f"{name} is {os.environ[name]} and RANK is not set: each process would train alone, into one run directory. "
+                "Start one process a node with deepspeed or torchrun, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+                "MASTER_PORT for each",
+                file=sys.stderr,
+            )
+            return 2
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     quiet_libraries(rank)
     from dst_train.job import JobError, load
@@ -28,13 +41,20 @@ def main() -> int:
         job = load(args.job, args.overrides)
         prepare(job, world_size)
     except JobError as error:
+        if (
+            int(os.environ.get("LOCAL_RANK", 0)) == 0
+        ):  # nodes may differ in files and environment, ranks of a node do not
+            print(error if rank == 0 else f"rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+        return 2
+
+    from dst_train.engine import CheckpointError, JobChangedError, leave_distributed, run
+
+    try:
+        outcome = run(job, stop_at=args.stop_at)
+    except (CheckpointError, JobChangedError) as error:  # the same on every rank, and before the first step
         if rank == 0:
             print(error, file=sys.stderr)
         return 2
-
-    from dst_train.engine import leave_distributed, run
-
-    outcome = run(job, stop_at=args.stop_at)
     if rank == 0:
         accuracy = outcome.evaluation.get("accuracy")
         result = "" if accuracy is None else f", accuracy {accuracy:.2%}"

@@ -3,26 +3,39 @@
 `import dst_train.engine.params` makes `Topology.bind` accept DeepSpeed engines.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dst_train.engine.build import sparsify_by, topology_of
 from dst_train.engine.config import compile_config
 
 if TYPE_CHECKING:
+    from dst_train.engine.checkpoint import CheckpointError
+    from dst_train.engine.resume import JobChangedError
     from dst_train.engine.runner import Outcome, run
     from dst_train.engine.session import leave_distributed
 
-__all__ = ["Outcome", "compile_config", "leave_distributed", "run", "sparsify_by", "topology_of"]
+__all__ = [
+    "CheckpointError",
+    "JobChangedError",
+    "Outcome",
+    "compile_config",
+    "leave_distributed",
+    "run",
+    "sparsify_by",
+    "topology_of",
+]
+# DeepSpeed takes seconds to import, and `dst-train plan` needs what stands above only.
+_WITH_DEEPSPEED = {
+    "CheckpointError": "checkpoint",
+    "JobChangedError": "resume",
+    "Outcome": "runner",
+    "leave_distributed": "session",
+    "run": "runner",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # DeepSpeed takes seconds to import, and `dst-train plan` needs what stands above only.
-    if name in ("Outcome", "run"):
-        from dst_train.engine import runner
-
-        return getattr(runner, name)
-    if name == "leave_distributed":
-        from dst_train.engine import session
-
-        return session.leave_distributed
+    if name in _WITH_DEEPSPEED:
+        return getattr(import_module(f"{__name__}.{_WITH_DEEPSPEED[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -71,7 +71,7 @@ class Checkpoints:
         notes = [f"checkpoint {tag}"]
         if self._rank == 0:
             self._commit(tag, staging, {"step": step, "world_size": dist.get_world_size(), **facts})
-            notes += self._prune()
+            notes += self._prune(tag)
         dist.barrier()
         return notes
 
@@ -79,25 +79,26 @@ class Checkpoints:
         """The newest checkpoint that verifies (None when there is none at all), and what was passed over.
 
         Raises:
-            CheckpointError: on every rank, when there are checkpoints and none of them verifies.
+            CheckpointError: on every rank, when there are checkpoints and none of them verifies, or when it was written by
+                another number of ranks.
         """
         found, bad = _broadcast(self._search() if self._rank == 0 else None)
         if found is None and bad:
             raise CheckpointError(f"no checkpoint under {self._root} can be used: {'; '.join(bad)}")
+        now = dist.get_world_size()
+        if found is not None and found.world_size != now:
+            raise CheckpointError(
+                f"checkpoint {self._root / found.tag} was written by {found.world_size} ranks and this run has {now}; "
+                f"start it on {found.world_size} ranks"
+            )
         return found, [f"checkpoint {line}; taking the one before" for line in bad]
 
     def load(self, engine: DeepSpeedEngine, found: Found) -> dict[str, Any]:
         """Restore engine, buffers and this rank's random state; returns the `state` given to `save`.
 
         Raises:
-            CheckpointError: it was written by another number of ranks.
+            CheckpointError: DeepSpeed finds nothing to load.
         """
-        wrote, now = found.world_size, dist.get_world_size()
-        if wrote != now:
-            raise CheckpointError(
-                f"checkpoint {self._root / found.tag} was written by {wrote} ranks and this run has {now}; "
-                f"start it on {wrote} ranks"
-            )
         path, client = engine.load_checkpoint(str(self._root), tag=found.tag)
         if path is None:
             raise CheckpointError(f"DeepSpeed could not load {self._root / found.tag}")
@@ -125,13 +126,16 @@ class Checkpoints:
         _sync(self._root)
         _write(self._root / "latest", tag)
 
-    def _prune(self) -> list[str]:
+    def _prune(self, newest: str) -> list[str]:
+        """What is older than the newest `keep`, and later than `newest`: damaged, or the run would have continued from there."""
         notes = []
-        for name in _tags(self._root)[: -self._keep]:
+        tags = _tags(self._root)
+        past = [name for name in tags if name <= newest]
+        for name in [*past[: -self._keep], *(name for name in tags if name > newest)]:
             try:
                 shutil.rmtree(self._root / name)
             except OSError as error:  # a flaky disk must not end the training
-                notes.append(f"could not remove the old checkpoint {name}: {error}")
+                notes.append(f"could not remove the checkpoint {name}: {error}")
         return notes
 
 

@@ -42,7 +42,7 @@ def check_job(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         raise JobChangedError(
             "the job is not the one that wrote the checkpoint: "
             + "; ".join(refused)
-            + ". Change it back, or give the job another name"
+            + ". Change it back, or give the job another name, under which it starts anew"
         )
     return allowed
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from dst_train import job as jobs
 from dst_train.engine.checkpoint import CheckpointError, Checkpoints, Found
 from dst_train.engine.config import compile_config
-from dst_train.engine.resume import check_job
+from dst_train.engine.resume import check_job, differences
 from dst_train.engine.session import Session, build_session, close_session, start_distributed
 from dst_train.engine.trainer import Trainer
 from dst_train.job import BatchPlan, Job
@@ -63,6 +63,8 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
             session = build_session(job, plan)
             trainer = _trainer(job, plan, session, monitor, checkpoints, found, stop_requested)
             trainer.fit(plan.total_steps if stop_at is None else min(stop_at, plan.total_steps))
+            if trainer.step == plan.total_steps and not trainer.last_evaluation:
+                trainer.evaluate()  # a finished run that has got other data to evaluate on
         close_session(session)  # not after an error: the ranks are no longer in step, and the process ends
         finished = trainer.step == plan.total_steps
         return Outcome(directory.path, trainer.step, finished, trainer.last_evaluation)
@@ -109,6 +111,8 @@ def _trainer(
     if found is not None:
         state = checkpoints.load(session.engine, found)
         trainer.load_state_dict(state["trainer"])
+        if differences(found.job["data"]["eval"], job.model_dump(mode="json")["data"]["eval"]):
+            trainer.last_evaluation = {}
         session.topology.load_state_dict(state["topology"])
         monitor.message(f"resumed {found.tag} at step {trainer.step} of {plan.total_steps}")
     return trainer

@@ -123,7 +123,8 @@ class Trainer:
             engine.backward(loss)
             if micro == self._plan.accumulation - 1:
                 metrics, stop = self._reduce(totals, rate)
-                self._refuse_non_finite_at_stage_0(metrics["train/loss"])
+                if engine.zero_optimization_stage() == 0:
+                    self._refuse_non_finite(metrics["train/loss"])
             engine.step()
         self.step += 1
         applied = engine.was_step_applied()
@@ -158,10 +159,12 @@ class Trainer:
             metrics["train/bad_samples"] = float(self.bad_samples)
         return metrics, stops > 0
 
-    def _refuse_non_finite_at_stage_0(self, loss: float) -> None:
-        # Without ZeRO nothing stands between a bad gradient and the weights: stop before they are written.
-        if self._engine.zero_optimization_stage() == 0 and not math.isfinite(loss):
-            raise NonFiniteError(f"step {self.step + 1}: the loss is {loss}")
+    def _refuse_non_finite(self, loss: float) -> None:
+        """Without ZeRO nothing stands between a bad gradient and the weights, which the next checkpoint would keep."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise NonFiniteError(f"step {self.step + 1}: the loss is {loss}, the norm of the gradients {norm}")
 
     def _count_skipped(self, applied: bool, loss: float) -> None:
         if applied and math.isfinite(loss):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dst_train.data import write_sequences
@@ -140,6 +142,12 @@ def test_a_finished_job_is_not_done_again(write_job: Any, run_job: Any, tmp_path
     assert "accuracy" in again.stdout
     assert [step for step, _ in _scalars(tmp_path / "runs/small", "eval/accuracy")] == [6]
     assert [step for step, _ in _scalars(tmp_path / "runs/small", "train/loss")] == list(range(1, 7))
+    without = run_job(job, "--set", "data.eval=null")
+    assert "finished at step 6\n" in without.stdout
+    shard = yaml.safe_load(job.read_text())["data"]["train"]["shards"].replace("{000000..000003}", "000000")
+    other = run_job(job, "--set", f"data.eval.shards={shard}", "--set", "data.eval.samples=24")
+    (accuracy,) = re.findall(r"finished at step 6, accuracy (.*)%", other.stdout)
+    assert float(accuracy) * 24 / 100 == pytest.approx(round(float(accuracy) * 24 / 100), abs=2e-3)
 
 
 def _scalars(run: Path, tag: str) -> list[tuple[int, float]]:
@@ -175,12 +183,15 @@ def test_damaged_checkpoints_are_passed_over(write_job: Any, run_job: Any, tmp_p
 def test_what_a_checkpoint_means_cannot_be_changed(write_job: Any, run_job: Any, tmp_path: Path) -> None:
     assert run_job(write_job(), "--stop-at", "2").returncode == 0
     changed = run_job(write_job(optimizer__lr=0.1, seed=3), "--stop-at", "3")
-    assert changed.returncode != 0
+    assert changed.returncode == 2
     assert "optimizer.lr: 0.003 -> 0.1; seed: 0 -> 3. Change it back" in changed.stderr
+    assert "Traceback" not in changed.stderr
+    job_of_the_run = (tmp_path / "runs/small/job.yaml").read_text()
     never = run_job(write_job(checkpoint__resume="never"), "--stop-at", "3")
     assert "already holds step-00000002 and checkpoint.resume is never" in never.stderr
     other_world = run_job(write_job(), "--stop-at", "3", ranks=1)
     assert "was written by 2 ranks and this run has 1; start it on 2 ranks" in other_world.stderr
+    assert (tmp_path / "runs/small/job.yaml").read_text() == job_of_the_run
     allowed = run_job(write_job(monitor__every_steps=2), "--stop-at", "3")
     assert allowed.returncode == 0
     assert "resuming with monitor.every_steps: 1 -> 2" in allowed.stdout

@@ -135,6 +135,23 @@ def test_a_bad_job_ends_with_exit_code_2_on_every_rank(write_job: Any, tmp_path:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"SLURM_STEP_NUM_TASKS": "2"},
+            "SLURM_STEP_NUM_TASKS is 2 and RANK is not set: each process would train alone",
+        ),
+        # The first rank of another node, where a file or a variable may be missing.
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, "rank 2 on "),
+    ],
+)
+def test_what_is_wrong_with_one_node_is_said_there(write_job: Any, environment: dict[str, str], message: str) -> None:
+    command = [sys.executable, str(ROOT / "launch/train.py"), "--job", str(write_job(train__batch_size=15))]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count(message), result.stderr.count("\n")) == (2, 1, 1)
+
+
 def test_the_imagenet_job_trains_on_synthetic_shards(tmp_path: Path, run_job: Any) -> None:
     random = np.random.default_rng(0)
     images = random.integers(0, 255, (8, 256, 256, 3), np.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def test_keep_and_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or refuse(path))
-        assert _save(checkpoints, 4)[1] == "could not remove the old checkpoint step-00000002: busy"
+        assert _save(checkpoints, 4)[1] == "could not remove the checkpoint step-00000002: busy"
 
 
 def test_a_bad_newest_is_passed_over_and_only_bad_ones_are_an_error(tmp_path: Path) -> None:
@@ -125,6 +126,33 @@ def test_a_bad_newest_is_passed_over_and_only_bad_ones_are_an_error(tmp_path: Pa
     (tmp_path / "step-00000001/manifest.json").write_text("{}")
     message = r"no checkpoint under .*step-00000002: mp_rank_00\S+ is missing; step-00000001: unreadable manifest"
     with pytest.raises(CheckpointError, match=message):
+        checkpoints.newest()
+
+
+def test_what_is_later_than_a_new_checkpoint_is_given_up(tmp_path: Path) -> None:
+    """Two damaged ones would else count as the newest, and a good one go for them."""
+    for step in (10, 11, 12):
+        _save(Checkpoints(tmp_path, keep=3), step)
+    for step in (11, 12):
+        (tmp_path / f"step-000000{step}/manifest.json").write_text("{")
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    found, notes = checkpoints.newest()
+    assert found is not None
+    assert (found.step, len(notes)) == (10, 2)
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000008")
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000007")
+    shutil.rmtree(tmp_path / "step-00000010")
+    _save(checkpoints, 10)
+    assert (tmp_path / "latest").read_text() == "step-00000010"
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000008", "step-00000010"]
+
+
+def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    _save(checkpoints, 1)
+    manifest = tmp_path / "step-00000001/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"world_size": 1', '"world_size": 2'))
+    with pytest.raises(CheckpointError, match="was written by 2 ranks and this run has 1; start it on 2 ranks"):
         checkpoints.newest()
 
 
@@ -149,8 +177,5 @@ def test_loading_restores_state_and_random_numbers(tmp_path: Path) -> None:
 def test_loading_errors(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     engine: Any = FakeEngine()
-    other = checkpoint.Found("step-00000001", 1, 2, {})
-    with pytest.raises(CheckpointError, match="was written by 2 ranks and this run has 1; start it on 2 ranks"):
-        checkpoints.load(engine, other)
     with pytest.raises(CheckpointError, match="DeepSpeed could not load"):
         checkpoints.load(engine, checkpoint.Found("step-00000007", 7, 1, {}))

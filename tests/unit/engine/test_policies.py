@@ -75,6 +75,19 @@ def _trainer(max_skipped_steps: int) -> tuple[Trainer, list[str]]:
     return trainer, said
 
 
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.inf), (1.0, math.nan)])
+def test_without_zero_nothing_that_is_not_finite_reaches_the_weights(loss: float, gradient: float) -> None:
+    trainer, _ = _trainer(0)
+    module = nn.Linear(2, 2)
+    trainer._engine.module = module
+    trainer._refuse_non_finite(1.0)
+    module.weight.grad = torch.ones(2, 2)
+    trainer._refuse_non_finite(1.0)
+    module.weight.grad[0, 1] = gradient
+    with pytest.raises(NonFiniteError, match=f"step 1: the loss is {loss}, the norm of the gradients"):
+        trainer._refuse_non_finite(loss)
+
+
 def test_skipped_steps_are_counted_and_limited_in_a_row() -> None:
     trainer, said = _trainer(2)
     for applied in (False, False, True, False, False):
