@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from dst_train.job.errors import JobError
 from dst_train.job.schema import Job
-from dst_train.job.source import Key, Source, dotted, read
+from dst_train.job.source import Dumper, Key, Source, dotted, read
 from dst_train.job.validate import validate
 
 PATHS: tuple[Key, ...] = (("data", "train", "shards"), ("data", "eval", "shards"), ("data", "cache_dir"), ("run_root",))
@@ -27,13 +28,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         JobError: a line `file:line key.path: what is wrong` for everything that is wrong.
     """
     source = read(Path(path), overrides)
-    problems = _expand_variables(source)
+    if "axes" in source.data and "job" in source.data:
+        raise JobError(f"{source.place(())}: this is a study: run it with dst-train study {path}")
+    problems = expand_variables(source, PATHS)
     return validate(Job, source, problems, also=("extends",))
 
 
 def dump(job: Job) -> str:
     """YAML with every default written out; `load` reads it back to an equal job."""
-    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.dump(job.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=120)
 
 
 def digest(job: Job) -> str:
@@ -41,9 +44,10 @@ def digest(job: Job) -> str:
     return hashlib.sha256(json.dumps(job.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def _expand_variables(source: Source) -> list[str]:
+def expand_variables(source: Source, keys: Sequence[Key]) -> list[str]:
+    """Puts the values of environment variables in place of ${NAME} in the text at `keys`; returns what is wrong."""
     problems = []
-    for key in PATHS:
+    for key in keys:
         parent: Any = source.data
         for name in key[:-1]:
             parent = parent.get(name) if isinstance(parent, dict) else None

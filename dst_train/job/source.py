@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,31 @@ Key = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that 1e-3 is a number, as in YAML 1.2."""
+    """YAML 1.1 as PyYAML reads it, except that 1e-3 is a number, as in YAML 1.2, and that 010, 1:30 and dates are text."""
 
 
+class Dumper(yaml.SafeDumper):
+    """Puts in quotes all text that would be no text without them, for this loader or for PyYAML's."""
+
+
+_TAG = "tag:yaml.org,2002:"
+# The tags that a node of each kind may have.
+_TYPES: dict[type[yaml.Node], tuple[str, ...]] = {
+    yaml.MappingNode: ("map",),
+    yaml.SequenceNode: ("seq",),
+    yaml.ScalarNode: ("str", "int", "float", "bool", "null"),
+}
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 _FLOAT = re.compile(
-    r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?$|^[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)$|^[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
 )
-_INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
-    ]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.removeprefix(_TAG) in ("bool", "null", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+for _reader in (_Loader, Dumper):
+    _reader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+    _reader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 
 
 @dataclass
@@ -80,44 +90,69 @@ def read_file(path: Path) -> Source:
     """One file, as it stands.
 
     Raises:
-        JobError: it cannot be read or parsed, or a key is repeated or not text.
+        JobError: it cannot be read or parsed, a key is repeated or not text, a value is not of the type that it says.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: cannot be read: {error}") from error
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise JobError(f"{path}:1: a job or a study is a mapping of keys to values")
-        source = Source({}, {(): f"{path}:1"})
-        _check(node, str(path), (), source.places)
-        source.data = loader.construct_document(node)
+        node = _Loader(text).get_single_node()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise JobError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    return source
+    if not isinstance(node, yaml.MappingNode):
+        raise JobError(f"{path}:1: a job or a study is a mapping of keys to values")
+    places: dict[Key, str] = {(): f"{path}:1"}
+    data = _build(node, (), places, lambda node: f"{path}:{node.start_mark.line + 1}")
+    return Source(data, places)
 
 
-def _check(node: yaml.Node, file: str, key: Key, places: dict[Key, str]) -> None:
-    """Notes the place of every key below `node` and refuses keys that repeat or are not text."""
-    if isinstance(node, yaml.SequenceNode):
-        for i, child in enumerate(node.value):
-            item = (*key, i)
-            places[item] = f"{file}:{child.start_mark.line + 1}"
-            _check(child, file, item, places)
-    elif isinstance(node, yaml.MappingNode):
+def _build(
+    node: yaml.Node,
+    key: Key,
+    places: dict[Key, str],
+    where: Callable[[yaml.Node], str],
+    around: tuple[yaml.Node, ...] = (),
+) -> Any:
+    """The value of `node`, which stands at `key` inside of `around`; notes the place of every key below it.
+
+    What an alias stands for is built anew, as PyYAML does not: the tree is edited in place, and two keys must not share a value.
+    """
+    here = places[key] + (f" {dotted(key)}" if key else "")
+    if node in around:
+        raise JobError(f"{here}: an alias stands inside of what it stands for")
+    kind = node.tag.removeprefix(_TAG)
+    if kind not in _TYPES[type(node)]:
+        raise JobError(f"{here}: the tag {node.tag} does not fit this value")
+    if isinstance(node, yaml.MappingNode):
+        mapping = {}
         for name, child in node.value:
-            here = f"{file}:{name.start_mark.line + 1}"
-            if not isinstance(name, yaml.ScalarNode) or name.tag != "tag:yaml.org,2002:str":
-                raise JobError(f"{here}: the key {getattr(name, 'value', name)!r} is not text; put it in quotes")
+            place = where(name)
+            if not isinstance(name, yaml.ScalarNode) or name.tag != f"{_TAG}str":
+                parent = f" {dotted(key)}" if key else ""
+                raise JobError(
+                    f"{place}{parent}: the key {getattr(name, 'value', name)!r} is not text; put it in quotes"
+                )
             inner = (*key, name.value)
             if inner in places:
-                raise JobError(f"{here} {dotted(inner)}: stands twice, first at {places[inner]}")
-            places[inner] = here
-            _check(child, file, inner, places)
+                first = "" if places[inner] == place else f", first at {places[inner]}"
+                raise JobError(f"{place} {dotted(inner)}: stands twice{first}")
+            places[inner] = place
+            mapping[name.value] = _build(child, inner, places, where, (*around, node))
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        items = []
+        for i, child in enumerate(node.value):
+            inner = (*key, i)
+            places[inner] = where(child)
+            items.append(_build(child, inner, places, where, (*around, node)))
+        return items
+    try:
+        return _Loader("").construct_object(node)
+    except (ValueError, KeyError, IndexError) as error:
+        raise JobError(f"{here}: {node.value!r} is not a valid {kind}") from error
 
 
 def _merge(base: dict[str, Any], child: dict[str, Any], places: dict[Key, str], new: dict[Key, str], key: Key) -> None:
@@ -138,10 +173,12 @@ def _override(source: Source, text: str) -> None:
     """Sets one key. A mapping does not merge into the old one; mappings that are not there yet are made."""
     name, equals, value = text.partition("=")
     names = name.split(".")
+    if names[0] == "extends":
+        raise JobError(f"--set {text}: a job extends another in its file only; write `extends` there")
     if not equals or not all(names):
         raise JobError(f"--set {text}: expected KEY=VALUE with a dotted key, for example train.batch_size=64")
     try:
-        parsed = yaml.load(value, Loader=_Loader)
+        node = _Loader(value).get_single_node()
     except yaml.YAMLError as error:
         raise JobError(f"--set {text}: the value is not valid YAML: {error}") from error
     parent: Any = source.data
@@ -154,7 +191,9 @@ def _override(source: Source, text: str) -> None:
             for stale in [k for k in source.places if k[: len(key)] == key]:
                 del source.places[stale]
             source.places[key] = f"--set {text}:"
-            parent[part] = parsed if last else {}
+            parent[part] = {}
+            if last:
+                parent[part] = _build(node, key, source.places, lambda _: f"--set {text}:") if node else None
         parent = parent[part]
 
 

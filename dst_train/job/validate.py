@@ -28,7 +28,7 @@ def validate(model: type[M], source: Source, problems: Sequence[str] = (), *, al
     except ValidationError as errors:
         found += [_describe(error, model, source, also) for error in errors.errors(include_url=False)]
     if found:
-        raise JobError("\n".join(sorted(set(found), key=_by_line)))
+        raise JobError("\n".join(sorted(dict.fromkeys(found), key=_by_line)))
     return result
 
 

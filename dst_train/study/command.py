@@ -26,7 +26,7 @@ def run_study(
     """Run a study from start, or from what is there of it, to its end.
 
     Args:
-        out: a folder that gets a copy of the outputs.
+        out: a folder that gets a copy of the outputs; nothing to do when it is the study's own.
         only_table: write the outputs from what is there, and run nothing.
         command: of a worker.
 
@@ -50,8 +50,9 @@ def run_study(
     print(f"{(grid.folder / 'table.md').read_text(encoding='utf-8')}\noutputs: {grid.folder}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        for name in report.FILES:
-            shutil.copyfile(grid.folder / name, out / name)
+        if not out.samefile(grid.folder):
+            for name in report.FILES:
+                shutil.copyfile(grid.folder / name, out / name)
     return code
 
 

@@ -80,7 +80,10 @@ def _table(grid: Grid, results: Mapping[str, Result], metric: str) -> list[str]:
 
 
 def _differences(grid: Grid, results: Mapping[str, Result], metric: str) -> list[str]:
-    """Of each row from the row `against`, seed by seed: what seeds have in common, such as the order of samples, drops out."""
+    """Of each row from the row `against`, seed by seed: what seeds have in common, such as the order of samples, drops out.
+
+    In the column `all`, of the mean of each seed over the columns: columns of one seed are not independent.
+    """
     study, columns = grid.study, list(grid.study.axes[grid.study.columns])
     labels = [axis for axis in study.axes if axis != study.columns]
     head = [*labels, *(f"{study.columns} {column}" for column in columns), "all"]
@@ -88,17 +91,24 @@ def _differences(grid: Grid, results: Mapping[str, Result], metric: str) -> list
     lines = [title, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     base = next(row for row in study.rows() if "-".join(row) == study.against)
     for row in study.rows():
+        if row == base:
+            continue
         found = [_paired(grid, results, _point(grid, row, c), _point(grid, base, c), metric) for c in columns]
-        cells = [_difference(values, metric) for values in [*found, [d for values in found for d in values]]]
-        if row != base:
-            lines.append(f"| {' | '.join([*row, *cells])} |")
+        whole = [seed for seed in study.seeds if all(seed in values for values in found)]
+        means = [sum(values[seed] for values in found) / len(columns) for seed in whole]
+        cells = [_difference(values, metric) for values in [*(list(values.values()) for values in found), means]]
+        lines.append(f"| {' | '.join([*row, *cells])} |")
     return lines
 
 
-def _paired(grid: Grid, results: Mapping[str, Result], one: Point, other: Point, metric: str) -> list[float]:
-    """Differences of the metric, one for each seed of which both runs are finished."""
+def _paired(grid: Grid, results: Mapping[str, Result], one: Point, other: Point, metric: str) -> dict[int, float]:
+    """Differences of the metric, by seed, for those of which both runs are finished."""
     pairs = [(results.get(a.name), results.get(b.name)) for a, b in zip(grid.at(one), grid.at(other), strict=True)]
-    return [SCALES[metric] * (a.evaluation[metric] - b.evaluation[metric]) for a, b in pairs if a and b]
+    return {
+        seed: SCALES[metric] * (a.evaluation[metric] - b.evaluation[metric])
+        for seed, (a, b) in zip(grid.study.seeds, pairs, strict=True)
+        if a and b
+    }
 
 
 def _difference(values: list[float], metric: str) -> str:
@@ -140,10 +150,11 @@ def _point(grid: Grid, row: Point, column: str) -> Point:
 
 def _best(grid: Grid, results: Mapping[str, Result], column: str, metric: str) -> float | None:
     cells = [cell(grid, results, _point(grid, row, column), metric) for row in grid.study.rows()]
-    means = [c.mean for c in cells if c is not None and c.count == c.planned and math.isfinite(c.mean)]
-    if len(means) < len(cells) or len(cells) < 2:
+    means = [c.mean for c in cells if c is not None and c.count == c.planned]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    if len(means) < len(cells) or len(cells) < 2 or not finite:
         return None
-    return max(means) if metric == "accuracy" else min(means)
+    return max(finite) if metric == "accuracy" else min(finite)
 
 
 def _text(found: Cell | None, best: float | None, metric: str) -> str:

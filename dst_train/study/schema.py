@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dst_train.job.schema import Count, Positive, Strict
+from dst_train.job import JobError
+from dst_train.job.loader import expand_variables
+from dst_train.job.schema import Positive, Seed, Strict
 from dst_train.job.source import Source, read_file
 from dst_train.job.validate import validate
 
@@ -25,12 +27,12 @@ class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the study's folder."""
     run_root: str = "runs/studies"
-    """Where the study's folder is."""
+    """Where the study's folder is; ${ENV} is replaced, as in a job."""
     job: str
     """The base job, relative to the file of the study."""
     set: list[str] = Field(default_factory=list)
     """Overrides of every run, as `--set` takes them, before those of the axes."""
-    seeds: Annotated[list[Count], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     """Each point of the grid is run with each seed."""
     metric: Literal["accuracy", "loss"]
     """What the plot and the first table show of the evaluation at the end; a second table shows the other."""
@@ -69,4 +71,7 @@ def read_study(path: Path) -> tuple[Study, Source]:
         JobError: a line `file:line key.path: what is wrong` for everything that is wrong.
     """
     source = read_file(path)
-    return validate(Study, source), source
+    if not {"axes", "job"} & source.data.keys() and {"model", "extends"} & source.data.keys():
+        raise JobError(f"{source.place(())}: this is a job: run it with deepspeed launch/train.py --job {path}")
+    problems = expand_variables(source, (("run_root",),))
+    return validate(Study, source, problems), source

@@ -25,6 +25,8 @@ from dst_train.study.grid import Run
 COMMAND = (sys.executable, "-m", "dst_train.study.worker")
 # A rank that is asked to stop finishes its step and writes a checkpoint.
 GRACE_SECONDS = 60.0
+# A rank that has failed prints its traceback and exits; what it leaves behind (threads, a process group) may hold it there.
+EXIT_SECONDS = 30.0
 
 
 def execute(
@@ -107,7 +109,9 @@ class Group:
             if pipe.fileno() in self.awaited and pipe.fileno() in ready:
                 self.awaited.remove(pipe.fileno())
                 if not pipe.readline():
-                    self.error = _describe(process.wait(), self._output(rank))
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(EXIT_SECONDS)
+                    self.error = _describe(process.returncode, self._output(rank))
                     stop([self], 0.0)  # the others wait for the one that ended
                     return True
         return not self.awaited
@@ -133,11 +137,14 @@ def stop(groups: Sequence[Group], grace: float) -> None:
             _pipe(process.stdin).close()
 
 
-def _describe(code: int, output: Path) -> str:
+def _describe(code: int | None, output: Path) -> str:
     """How a process ended: its last line (of a traceback, the error), and where the rest is."""
     lines = output.read_text(encoding="utf-8", errors="replace").split("\n") if output.is_file() else []
     last = next((line for line in reversed(lines) if line.strip()), "no output")
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code is None:
+        how = "hung at its exit"
+    else:
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"{last} ({how}; see {output})"
 
 

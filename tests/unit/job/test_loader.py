@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dst_train.job import Job, JobError, digest, dump, load
 from tests.unit.job.conftest import TEXT
@@ -55,6 +56,21 @@ def test_defaults_and_numbers(base: Job) -> None:
         ("name: base", "name: base\nseed: 1\nseed: 2", "job.yaml:3 seed: stands twice, first at job.yaml:2"),
         ("name: base", "name: base\n3: 2", "job.yaml:2: the key '3' is not text; put it in quotes"),
         ("name: base", "name: [base", "job.yaml:2: not valid YAML: expected ',' or ']', but got ':'"),
+        ("lr: 1e-3", "lr: 1e-3, lr: 1", "job.yaml:13 optimizer.lr: stands twice"),
+        ("{lr: 1e-3}", "{lr: 1e-3, 1: 2}", "job.yaml:13 optimizer: the key '1' is not text; put it in quotes"),
+        ("name: base", "name: base\nseed: 08", "job.yaml:2 seed: input should be a valid integer, got '08'"),
+        ("name: base", "name: base\nseed: 010", "job.yaml:2 seed: input should be a valid integer, got '010'"),
+        ("name: base", "name: base\nseed: !!int abc", "job.yaml:2 seed: 'abc' is not a valid int"),
+        ("name: base", "name: base\nseed: !!bool 7", "job.yaml:2 seed: '7' is not a valid bool"),
+        ("lr: 1e-3", "lr: !!float ''", "job.yaml:13 optimizer.lr: '' is not a valid float"),
+        ("name: base", "name: !!timestamp now", "job.yaml:1 name: the tag tag:yaml.org,2002:timestamp does not fit this value"),
+        ("[64, 64]", "!!set [64]", "job.yaml:2 model.hidden_features: the tag tag:yaml.org,2002:set does not fit this value"),
+        ("{method: rigl}", "!rigl {}", "job.yaml:6 topology: the tag !rigl does not fit this value"),
+        ("name: base", "name: base\nseed: " + "1" * 5000, "job.yaml:2 seed: '1111"),
+        ("name: base", "name: base\nseed: 18446744073709551616", "job.yaml:2 seed: input should be less than 18446744073709551616"),
+        ("lr: 1e-3", "lr: ._", "job.yaml:13 optimizer.lr: input should be a valid number, got '._'"),
+        ("{method: rigl}", "&x {method: *x}", "job.yaml:6 topology.method: an alias stands inside of what it stands for"),
+        ("[64, 64]", "&x [64, [*x]]", "job.yaml:2 model.hidden_features.1.0: an alias stands inside of what it stands for"),
     ],
 )  # fmt: skip
 def test_each_mistake_is_named_with_its_place(write: Write, old: str, new: str, expected: str) -> None:
@@ -108,6 +124,38 @@ def test_extends_merges_mappings_and_replaces_lists(write: Write) -> None:
     assert job.sparsity is not None
     assert [rule.match for rule in job.sparsity.rules] == ["*"]
     assert load(write("extends: base.yaml\nsparsity: null\n", "dense.yaml")).sparsity is None
+
+
+def test_what_an_alias_stands_for_is_a_copy(write: Write) -> None:
+    text = TEXT.replace("train: {shards", "train: &split {shards").replace("digits}\n", "digits}\n  eval: *split\n")
+    base = write(text, "base.yaml")
+    leaf = write("extends: base.yaml\ndata: {train: {samples: 50}}\n", "leaf.yaml")
+    for job in (load(base, ["data.train.samples=50"]), load(leaf)):
+        assert job.data.eval is not None
+        assert (job.data.train.samples, job.data.eval.samples) == (50, 1000)
+
+
+def test_a_list_that_an_alias_stands_for_is_a_copy(write: Write) -> None:
+    text = TEXT.replace("[64, 64]", "&sizes [64, 64]").replace("{lr: 1e-3}", "{lr: 1e-3, betas: *sizes}")
+    lines = _lines(write(text), ("model.hidden_features.0=1",))
+    assert "job.yaml:2 optimizer.betas.0: input should be less than 1, got 64" in lines
+
+
+@pytest.mark.parametrize("name", ["08", "010", "2024-13-45", "2024-01-31", "0x10"])
+def test_text_that_looks_like_a_number_or_a_date(write: Write, name: str) -> None:
+    assert load(write(TEXT.replace("name: base", f"name: {name}"))).name == name
+
+
+@pytest.mark.parametrize(("text", "seed"), [("0", 0), ("+7", 7), ("1_000", 1000), ("18446744073709551615", 2**64 - 1)])
+def test_integers(write: Write, text: str, seed: int) -> None:
+    assert load(write(), [f"seed={text}"]).seed == seed
+
+
+@pytest.mark.parametrize(
+    ("text", "lr"), [("2", 2), ("1.", 1), (".5", 0.5), ("0.5e1", 5), ("1e-3", 1e-3), ("+1_0.5", 10.5)]
+)
+def test_numbers(write: Write, text: str, lr: float) -> None:
+    assert load(write(), [f"optimizer.lr={text}"]).optimizer.lr == lr
 
 
 def test_mistakes_name_the_file_in_which_they_stand(write: Write) -> None:
@@ -170,6 +218,13 @@ def test_overrides_reach_into_lists(write: Write) -> None:
         ("train.batch_size", "--set train.batch_size: expected KEY=VALUE"),
         ("train..x=1", "--set train..x=1: expected KEY=VALUE"),
         ("seed=[", "--set seed=[: the value is not valid YAML"),
+        ("seed=", "--set seed=: seed: input should be a valid integer, got None"),
+        ("seed=08", "--set seed=08: seed: input should be a valid integer, got '08'"),
+        ("seed=!!int x", "--set seed=!!int x: seed: 'x' is not a valid int"),
+        ("topology=&x {method: *x}", "--set topology=&x {method: *x}: topology.method: an alias stands inside of what"),
+        ("optimizer={lr: 1, lr: 2}", "--set optimizer={lr: 1, lr: 2}: optimizer.lr: stands twice"),
+        ("optimizer={1: 2}", "--set optimizer={1: 2}: optimizer: the key '1' is not text; put it in quotes"),
+        ("extends=foo.yaml", "--set extends=foo.yaml: a job extends another in its file only"),
         ("seed=x", "--set seed=x: seed: input should be a valid integer, got 'x'"),
         ("train.sede=1", "--set train.sede=1: train.sede: unknown key"),
         ("sparsity.rules.1.sparsity=0.5", "--set sparsity.rules.1.sparsity=0.5: sparsity.rules is a list of 1; '1' is not the index (from 0) of one of its items"),
@@ -199,6 +254,39 @@ def test_environment_variables_stand_in_paths_only(write: Write, monkeypatch: py
     assert job.sparsity.rules[0].match == "${DST_TEST}"
     lines = _lines(write(TEXT.replace("a-{", "${DST_NONE}/a-{")))
     assert lines == ["job.yaml:8 data.train.shards: the environment variable DST_NONE is not set"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e5",
+        "1234e56",
+        "08",
+        "010",
+        "0x10",
+        "1_0",
+        "1.",
+        ".5",
+        ".inf",
+        "1:30",
+        "2024-01-31",
+        "true",
+        "no",
+        "~",
+        "<<",
+        "=",
+    ],
+)
+def test_text_that_would_be_none_without_quotes_reads_back(write: Write, base: Job, text: str) -> None:
+    model = {"builder": "timm", "name": text, "args": {text: text, "numbers": [1e-5, 1e22, 3, True, None]}}
+    job = Job.model_validate({**base.model_dump(), "run_root": text, "model": model})
+    assert load(write(dump(job), "again.yaml")) == job
+    assert yaml.safe_load(dump(job)) == job.model_dump(mode="json")  # as results.py and others read it
+
+
+def test_a_study_is_told_from_a_job(write: Write) -> None:
+    path = write("name: a\njob: job.yaml\naxes: {}\n", "study.yaml")
+    assert _lines(path) == ["study.yaml:1: this is a study: run it with dst-train study study.yaml"]
 
 
 def test_dump_reads_back_and_the_digest_tells_jobs_apart(write: Write, base: Job) -> None:

@@ -22,12 +22,14 @@ STUDIES = Path(__file__).parents[3] / "jobs/studies"
         ("metric: accuracy", "metric: acuracy", "study.yaml:5 metric: 'acuracy' is unknown; did you mean 'accuracy'? (choose one of accuracy, loss)"),
         ("seeds: [0, 1, 2]\n", "", "study.yaml:1 seeds: this key is required"),
         ("[0, 1, 2]", "[0, 1, 1]", "study.yaml:1: seeds [0, 1, 1]: one stands twice"),
+        ("[0, 1, 2]", "[0, 18446744073709551616]", "study.yaml:4 seeds.1: input should be less than 18446744073709551616"),
+        ("run_root: ROOT", "run_root: ${DST_NONE}/a", "study.yaml:2 run_root: the environment variable DST_NONE is not set"),
         ("[0, 1, 2]", "[]", "study.yaml:4 seeds: list should have at least 1 item"),
         ("columns: sparsity", "columns: density", "study.yaml:1: columns is 'density', must be one of the axes sparsity, method"),
         ("columns: sparsity", "columns: sparsity\nagainst: set", "study.yaml:1: against is 'set', must be one of the rows dense, rigl"),
         ("  method:", "  seed:", "study.yaml:1: axes: seed is a column of results.csv already"),
         ("rigl: [topology", "ri-gl: [topology", "study.yaml:12 axes.method.ri-gl.[key]: string should match pattern"),
-        ('"80":', "80:", "study.yaml:8: the key '80' is not text; put it in quotes"),
+        ('"80":', "80:", "study.yaml:8 axes.sparsity: the key '80' is not text; put it in quotes"),
         ("name: small", "name: a/b", "study.yaml:1 name: string should match pattern"),
         ("name: small", "name: small\nname: b", "study.yaml:2 name: stands twice, first at study.yaml:1"),
         ("name: small", "extends: a.yaml\nname: small", "study.yaml:1 extends: unknown key"),
@@ -46,6 +48,22 @@ def test_each_mistake_is_named_with_its_place(write: Write, old: str, new: str, 
         build(path)
     lines = str(caught.value).replace(f"{path.parent}/", "").splitlines()
     assert any(line.startswith(expected) for line in lines), lines
+
+
+@pytest.mark.parametrize("text", [JOB, "extends: base.yaml\nname: leaf\n"])
+def test_a_job_is_told_from_a_study(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(JobError) as caught:
+        build(path)
+    assert str(caught.value) == f"{path}:1: this is a job: run it with deepspeed launch/train.py --job {path}"
+
+
+def test_environment_variables_stand_in_run_root(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DST_TEST", "/data")
+    grid = build(write(("ROOT", "${DST_TEST}/studies")))
+    assert grid.folder == Path("/data/studies/small")
+    assert grid.runs[0].job.run_root == "/data/studies/small"
 
 
 def test_the_studies_of_this_repository() -> None:

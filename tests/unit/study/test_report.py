@@ -68,12 +68,24 @@ def test_nothing_is_best_while_a_run_is_missing_and_gaps_are_told(grid: Grid) ->
 def test_the_least_loss_is_the_best(write: Callable[..., Path]) -> None:
     grid = build(write(("metric: accuracy", "metric: loss")))
     found = _results(grid, {"80 dense": [0.5] * 3, "80 rigl": [0.75] * 3, "90 rigl": [0.25] * 3})
-    lost = {"loss": math.inf, "accuracy": 0.0}
+    assert report.table(grid, found).splitlines()[10:12] == [
+        "| dense | 0.5000 ± 0.0000 (3) | **0.5000 ± 0.0000** (3) |",
+        "| rigl | **0.2500 ± 0.0000** (3) | 0.7500 ± 0.0000 (3) |",
+    ]
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_no_best_and_hides_none(write: Callable[..., Path], loss: float) -> None:
+    grid = build(write(("metric: accuracy", "metric: loss")))
+    found = _results(grid, {"80 dense": [0.5] * 3, "80 rigl": [0.75] * 3, "90 rigl": [0.75] * 3})
+    lost = {"loss": loss, "accuracy": 0.0}
     found["90-rigl-seed0"] = result(grid.at(("90", "rigl"))[0], evaluation=lost)
     assert report.table(grid, found).splitlines()[10:12] == [
-        "| dense | 0.5000 ± 0.0000 (3) | 0.5000 ± 0.0000 (3) |",
-        "| rigl | **0.2500 ± 0.0000** (3) | inf ± nan (3) |",
+        "| dense | 0.5000 ± 0.0000 (3) | **0.5000 ± 0.0000** (3) |",
+        f"| rigl | **0.2500 ± 0.0000** (3) | {loss} ± nan (3) |",
     ]
+    found = {run.name: result(run, evaluation=lost) for run in grid.runs}
+    assert "**" not in report.table(grid, found).split("Accuracy")[0]
 
 
 def test_the_files(grid: Grid) -> None:
@@ -104,8 +116,10 @@ def test_differences_are_taken_seed_by_seed(write: Callable[..., Path]) -> None:
     assert lines[start + 2 : start + 6] == [
         "| method | sparsity 80 | sparsity 90 | all |",
         "|---|---|---|---|",
-        # of 1, 2, 3, of -1, 0, and of the five
-        "| rigl | +2.00 ± 0.58 (3) | -0.50 ± 0.50 (2) | +1.00 ± 0.71 (5) |",
+        # of 1, 2, 3, of -1, 0, and of (1 - 1) / 2, (2 + 0) / 2: the third seed has one column only
+        "| rigl | +2.00 ± 0.58 (3) | -0.50 ± 0.50 (2) | +0.50 ± 0.50 (2) |",
         "",
     ]
     assert "| rigl | missing | missing | missing |" in report.table(grid, {})
+    found = _results(grid, {"80 dense": [0.90, 0.80], "80 rigl": [0.91, 0.82]})
+    assert "| rigl | +1.50 ± 0.50 (2) | missing | missing |" in report.table(grid, found)

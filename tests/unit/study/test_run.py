@@ -64,6 +64,13 @@ def test_only_what_is_missing_is_run(write: Write, fake: Make, tmp_path: Path, c
     assert "[3/3] 80-rigl-seed0" in capsys.readouterr().out
 
 
+def test_the_outputs_may_go_where_they_are(write: Write, fake: Make) -> None:
+    path = write(ONE_SEED)
+    grid = build(path)
+    assert run_study(path, command=fake(grid).command, out=grid.folder / "../small") == 0
+    assert "3 of 3 runs" in (grid.folder / "table.md").read_text()
+
+
 def test_a_failed_run_does_not_stop_the_others(write: Write, fake: Make, capsys: pytest.CaptureFixture) -> None:
     path = write(ONE_SEED)
     grid = build(path)
@@ -170,6 +177,17 @@ def test_several_ranks_end_together(write: Write, fake: Make) -> None:
     assert {(name, rank) for _, name, rank, _ in workers_.log() if "two" in name} == {
         (name, rank) for name in (good.name, bad.name) for rank in "01"
     }
+
+
+def test_a_rank_that_hangs_at_its_exit_is_killed(grid: Grid, fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "EXIT_SECONDS", 0.1)
+    workers_ = fake(grid)
+    hung = workers_.folder / "hung.py"
+    hung.write_text("import os, time\nos.close(1)\ntime.sleep(60)\n")
+    workers_.command = (*workers_.command[:-1], str(hung))
+    (run, *_) = grid.runs
+    output = run.directory / "output-0.txt"
+    assert _execute([run], workers_) == {run.name: f"no output (hung at its exit; see {output})"}
 
 
 def test_a_worker_that_does_not_stop_is_killed(grid: Grid, fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
