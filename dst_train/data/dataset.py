@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -97,11 +98,22 @@ class Images:
         """The image, as a tensor where the transform is the same in each epoch, and the label."""
         stored = self.store.read(index)
         try:
-            sample = self._decoder({stored.extension: stored.content, LABEL: stored.label})
+            image = self._decoder({stored.extension: stored.content})[stored.extension]
         except DecodingError as error:
             raise BadSampleError(f"{self.store.name(index)}: .{error.k}: {_reason(error.__cause__)}") from error
-        image = sample[stored.extension]
-        return image if self._transform.random else self._apply(image, index), torch.tensor(sample[LABEL])
+        label = self._label(stored.label, index)
+        return image if self._transform.random else self._apply(image, index), label
+
+    def _label(self, text: bytes, index: int) -> Tensor:
+        try:
+            label = int(text)
+        except ValueError:
+            label = -1
+        if not 0 <= label < 2**63:  # -100 would be left out of the loss, as cross_entropy's ignore_index
+            raise BadSampleError(
+                f"{self.store.name(index)}: .{LABEL}: {reprlib.repr(text)}, expected the number of a class, 0 or more"
+            )
+        return torch.tensor(label)
 
     def _apply(self, image: Image.Image, index: int) -> Tensor:
         try:

@@ -31,7 +31,7 @@ def load_index(shard: Path, cache_dir: str | None = None) -> list[Sample]:
     The index goes beside the shard as `<shard>.index.json`, or into `cache_dir` where that folder is read-only.
     Processes may do this together: each builds the same file and puts it in place atomically.
 
-    Raises DataError (shard named) if the tar is damaged or truncated, or if there is nowhere to write the index.
+    Raises DataError (shard named) if the tar is damaged, truncated or sparse, or if there is nowhere to write the index.
     """
     stamp = _stamp(shard)
     places = _places(shard, cache_dir)
@@ -117,6 +117,9 @@ def _members(shard: Path) -> list[tarfile.TarInfo]:
             f"shard {shard} ({shard.stat().st_size} bytes) is not a whole, uncompressed tar file: {error}; "
             "copy or decompress it again"
         ) from error
+    for member in members:
+        if member.issparse():  # the file lacks its holes: neither its bytes nor its end are where its size says
+            raise DataError(f"shard {shard}: member {member.name} is sparse; write the tar without -S (--sparse)")
     _refuse_hidden_tail(shard, members)
     return members
 

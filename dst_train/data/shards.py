@@ -15,6 +15,9 @@ from webdataset.shardlists import expand_urls
 from dst_train.data.errors import DataError
 from dst_train.data.files import atomic_file
 
+MADE_BY = {"data/digits": "launch/prepare_digits.py", "data/stdlib": "launch/prepare_stdlib.py"}
+"""The shards of this project's own jobs, and the programs that write them."""
+
 
 def local_shards(pattern: str, cache_dir: str | None) -> list[Path]:
     """Expands braces, copies remote shards whole into `cache_dir`, and returns the local files in order.
@@ -36,7 +39,10 @@ def _local_shard(url: str, cache_dir: str | None) -> Path:
         return _cached(url, cache_dir)
     path = Path(url2pathname(parsed.path)) if parsed.scheme else Path(url)
     if not path.is_file():
-        raise DataError(f"shard {path} does not exist; check data.*.shards")
+        start = "" if path.is_absolute() else f" (relative paths start at the working directory: {path.absolute()})"
+        program = MADE_BY.get(str(path.parent))
+        hint = f", or run {program}, which writes it" if program else ""
+        raise DataError(f"shard {path} does not exist{start}; check data.*.shards{hint}")
     return path
 
 

@@ -76,12 +76,14 @@ class SampleStore:
 
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""
-        return f"shard {self._shards[self._table[index, 0]]}, sample {self._keys[index].decode()}"
+        key = self._keys[index].decode(errors="backslashreplace")
+        return f"shard {self._shards[self._table[index, 0]]}, sample {key}"
 
     def _rows(self, number: int, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """Places, int64 [samples, 6], and keys of one shard."""
         rows = np.array([self._row(number, sample) for sample in samples], np.int64).reshape(-1, 6)
-        return rows, np.array([key.encode() for key, _ in samples], np.bytes_)
+        # tarfile's own way to hold names that are not UTF-8
+        return rows, np.array([key.encode(errors="surrogateescape") for key, _ in samples], np.bytes_)
 
     def _row(self, number: int, sample: Sample) -> tuple[int, ...]:
         key, members = sample

@@ -31,8 +31,8 @@ def diagonal_linear(
     (DynaDiag, arXiv 2506.11449, in the indexing of its released code). Sums are taken in fp32 (fp64 for fp64).
 
     Args:
-        x: [..., in_features]; float32, bfloat16, float16 or float64. Inside autocast all inputs are cast to its dtype,
-            except float64.
+        x: [..., in_features]; float32, bfloat16, float16 or float64. Inside autocast all floating inputs are cast to its
+            dtype, except float64.
         values: [U * band, L], dtype and device of x; row u * band + i belongs to candidate offsets[u] * band + i.
         offsets: int32 [U]; distinct units in [0, P / band), in any order.
         bias: [out_features] or None, dtype of x.
@@ -51,8 +51,8 @@ def diagonal_linear(
     device = x.device.type
     if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, values = x.to(dtype), values.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, values = _cast(x, dtype), _cast(values, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
     _check_offsets(offsets, out_features, in_features, band)
     _check(x.dtype in DTYPES, "x", "dtype", x.dtype, "float32, bfloat16, float16 or float64")
     _check(x.dim() >= 1 and x.shape[-1] == in_features, "x", "shape", x.shape, "[..., in_features={}]", in_features)
@@ -71,7 +71,11 @@ def diagonal_linear(
     _check(activation in (None, "gelu"), "activation", "", repr(activation), "None or 'gelu'")
     try:
         if activation == "gelu":
-            keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+            # Inside vmap, requires_grad of whatever is mapped over is False.
+            needed = torch._C._are_functorch_transforms_active() or any(
+                t is not None and t.requires_grad for t in (x, values, bias)
+            )
+            keep = torch.is_grad_enabled() and needed
             return torch.ops.dst_ops.linear_gelu(x, values, offsets, out_features, band, bias, keep)[0]
         return torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
     except RuntimeError:
@@ -140,6 +144,10 @@ def diagonal_scores(
             sums += torch.ops.dst_ops.diagonal_sums(block, first, in_features)
             del block  # before the next one is there
     return sums.view(-1, band).sum(1) / (band * min(out_features, in_features))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def _check(ok: bool, argument: str, what: str, got: object, expected: object, *parts: object) -> None:

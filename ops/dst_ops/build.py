@@ -120,7 +120,8 @@ def library_path(device: str = "cpu") -> Path:
     """Where the library came with the package; or is, or will be, for these sources, this torch and this compiler.
 
     Raises:
-        OSError, subprocess.CalledProcessError: for CUDA, if there can be none: torch without CUDA, or no nvcc for it.
+        OSError, subprocess.CalledProcessError: for CUDA, if there can be none: torch without CUDA, or no nvcc for it;
+            for both, if there is no folder to build in (see cache).
         ValueError: DST_OPS_CUDA_ARCHS is no list of chips.
     """
     if device == "cuda" and torch.version.cuda is None:
@@ -278,8 +279,12 @@ def _ninja() -> str:
 
 
 def cache() -> Path:
+    """The folder of built libraries and tables of times. Raises OSError if no variable names it and there is no home."""
     if "DST_OPS_CACHE" in os.environ:
         return Path(os.environ["DST_OPS_CACHE"])
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         return Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "dst_ops"
-    return Path.home() / ".cache" / "dst_ops"
+    try:
+        return Path.home() / ".cache" / "dst_ops"
+    except RuntimeError as error:
+        raise OSError("there is no home folder for ~/.cache/dst_ops; set DST_OPS_CACHE to another folder") from error

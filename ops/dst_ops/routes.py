@@ -168,7 +168,10 @@ def table(gpu: str) -> tuple[Point, ...]:
     Raises:
         ValueError: a file that is not such a table.
     """
-    path = table_path(gpu)
+    try:
+        path = table_path(gpu)
+    except OSError:  # no home folder: nothing can have been measured for this machine
+        return ()
     if not path.exists():
         return ()
     try:

@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import reprlib
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dst_train.data import BadSampleError, DataError, check, eval_loader, index, train_loader, write_shards
+from dst_train.data.dataset import Images
 from dst_train.data.files import atomic_file
 from dst_train.data.index import load_index
 from dst_train.data.store import SampleStore
@@ -60,6 +62,15 @@ def test_reads_what_webdataset_reads(tmp_path):
     assert store.name(1) == f"shard {shard}, sample {long_name}"
 
 
+def test_names_need_not_be_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    shard = write_tar(tmp_path / "s.tar", {f"{name}.png": b"png", f"{name}.cls": b"1"})
+    for _ in range(2):  # the second time with the index of the first
+        store = SampleStore(str(shard))
+        assert tuple(store.read(0)) == (b"png", "png", b"1")
+        assert store.name(0) == rf"shard {shard}, sample caf\xe9"
+
+
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr("dst_train.data.store.MAX_OPEN_FILES", 2)
     write_shards(tmp_path, "a", np.zeros((9, 4, 4), np.uint8), range(9), 1)
@@ -88,6 +99,28 @@ def test_missing_shard(split, shards):
         check(Split(**split))
 
 
+def test_a_missing_shard_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as relative:
+        SampleStore("shards/a.tar")
+    assert str(relative.value) == (
+        f"shard shards/a.tar does not exist (relative paths start at the working directory: {tmp_path}/shards/a.tar); "
+        "check data.*.shards"
+    )
+    with pytest.raises(DataError) as absolute:
+        SampleStore(f"{tmp_path}/a.tar")
+    assert str(absolute.value) == f"shard {tmp_path}/a.tar does not exist; check data.*.shards"
+
+
+@pytest.mark.parametrize("name", ["digits", "stdlib"])
+def test_a_missing_shard_of_our_own_jobs_says_what_writes_it(tmp_path, monkeypatch, name):
+    program = f"launch/prepare_{name}.py"
+    assert f'default=Path("data/{name}")' in Path(program).read_text()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"check data\.\*\.shards, or run {program}, which writes it"):
+        SampleStore(f"data/{name}/eval-000000.tar")
+
+
 @pytest.mark.parametrize(("pattern", "message"), [("${UNSET}/a.tar", "variable"), ("a-{0..1.tar", "braces")])
 def test_bad_patterns(pattern, message):
     with pytest.raises(DataError, match=message):
@@ -114,6 +147,18 @@ def test_damaged_shards_are_refused(split, shards, damage):
     with pytest.raises(DataError, match=r"shard \S+a-000001\.tar.*(not a whole, uncompressed tar|damaged header)"):
         check(Split(**split))
     assert not index_of(shards[1]).exists()
+
+
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_sparse_members_are_refused(tmp_path, format):
+    (tmp_path / "a.cls").write_text("1")
+    with open(tmp_path / "a.png", "wb") as file:
+        file.seek(1 << 20)
+        file.write(b"behind a hole")
+    shard = tmp_path / "s.tar"
+    subprocess.run(["tar", "-cSf", shard, f"--format={format}", "-C", tmp_path, "a.png", "a.cls"], check=True)
+    with pytest.raises(DataError, match=r"shard \S+s\.tar: member a\.png is sparse; write the tar without -S"):
+        SampleStore(str(shard))
 
 
 def test_samples_need_an_image_and_a_label(tmp_path):
@@ -293,6 +338,20 @@ def test_wrong_size_and_wrong_label_are_bad_samples(make_job, tmp_path):
         job = make_job(0, {"batch_size": 1, "micro_batch_size": 1}, {"train": split})
         with pytest.raises(BadSampleError, match=message):
             list(train_loader(job, BatchPlan.of(job, 1), rank=0))
+
+
+@pytest.mark.parametrize("label", [b"-1", b"-100", b"%d" % 2**63, b"%d" % 10**30, b"1.5", b"", b"\xff", b"9" * 5000])
+def test_a_label_is_the_number_of_a_class(shards, label):
+    with tarfile.open(shards[0]) as tar:
+        stored = tar.extractfile("00000000.png")
+        assert stored is not None
+        image = stored.read()
+    shard = write_tar(shards[0].with_name("s.tar"), {"a.png": image, "a.cls": label})
+    images = Images(SampleStore(str(shard)), "digits", 0)
+    expected = f"shard {shard}, sample a: .cls: {reprlib.repr(label)}, expected the number of a class, 0 or more"
+    with pytest.raises(BadSampleError) as caught:
+        images.load(0, 0)
+    assert str(caught.value) == expected
 
 
 def test_evaluation_never_replaces(make_job, shards):

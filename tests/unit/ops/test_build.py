@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dst_ops
 from dst_ops import build
 from tests.unit.ops.compilers import calls, commands, fake_compiler, fake_nvcc
 from tests.unit.ops.process import environment, python
@@ -106,6 +107,28 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.library_path().parent == Path("/extensions/dst_ops")
     monkeypatch.setenv("DST_OPS_CACHE", "/ours")
     assert build.library_path().parent == Path("/ours")
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as a user whom nobody entered."""
+    for name in ("DST_OPS_CACHE", "TORCH_EXTENSIONS_DIR", "HOME", "DST_OPS_REQUIRE_FUSED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    _forget(monkeypatch, "cpu")
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_the_reference_serves_and_says_so() -> None:
+    expected = "there is no home folder for ~/.cache/dst_ops; set DST_OPS_CACHE"
+    with pytest.raises(OSError, match=expected):
+        build.cache()
+    entry = dst_ops.backend_report().entries[0]
+    assert entry.kernel == "reference"
+    assert f"the library cannot be built: {expected}" in entry.reason
+    with pytest.warns(UserWarning, match=f"the reference in plain PyTorch serves instead.*{expected}"):
+        assert not build.load()
+    assert expected in dst_ops.backend_report().entries[0].reason
 
 
 def test_ninja_need_not_be_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

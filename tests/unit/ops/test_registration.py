@@ -152,6 +152,24 @@ def test_autocast_leaves_float64_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("values", torch.float64, "values: dtype torch.float64, expected the dtype of x, torch.bfloat16"),
+        ("bias", torch.float64, "bias: dtype torch.float64, expected the dtype of x, torch.bfloat16"),
+        ("x", torch.float64, "values: dtype torch.float32, expected the dtype of x, torch.float64"),
+        ("x", torch.int64, "x: dtype torch.int64, expected float32"),
+        ("values", torch.int64, "values: dtype torch.int64, expected the dtype of x, torch.bfloat16"),
+    ],
+    ids=str,
+)
+def test_autocast_casts_no_integers_and_no_float64(name: str, dtype: torch.dtype, expected: str) -> None:
+    c = case(24, 60, 9, 1, torch.float32)
+    c[name] = c[name].to(dtype)
+    with torch.autocast(c["x"].device.type, dtype=torch.bfloat16), pytest.raises(ValueError, match=expected):
+        _linear(c, c["x"], c["values"], c["bias"])
+
+
+@pytest.mark.parametrize(
     "in_dims", [(0, None, None), (1, None, None), (None, 0, None), (0, 1, None), (1, 0, 0), (None, None, 0)], ids=str
 )
 def test_vmap_is_a_loop(in_dims: tuple[int | None, ...]) -> None:
@@ -198,6 +216,22 @@ def test_vmap_of_two_results(in_dims: tuple[int | None, int | None]) -> None:
     for i in range(3):
         one = op(*(a if d is None else a[i] for a, d in zip((x, values), in_dims, strict=True)))
         assert all(torch.equal(m[i], o) for m, o in zip(mapped, one, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_of_what_vmap_maps_over_a_gelu(compiled: bool) -> None:
+    c = case(24, 60, 9, 1, torch.float32, (3, 5))
+    x = c["x"].requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        return dst_ops.diagonal_linear(x, c["values"], c["offsets"], **c["sizes"], activation="gelu")
+
+    mapped = torch.vmap(layer)
+    if compiled:
+        mapped = torch.compile(mapped, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(mapped(x), x, c["dy"])
+    (expected,) = torch.autograd.grad(layer(x), x, c["dy"])
+    torch.testing.assert_close(got, expected)
 
 
 def test_a_meta_tensor_gives_the_shape() -> None:

@@ -141,6 +141,14 @@ def test_where_the_table_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv("DST_OPS_TABLE")
     monkeypatch.setenv("DST_OPS_CACHE", str(tmp_path))
     assert routes.table_path("NVIDIA H100 80GB HBM3") == tmp_path / "table-NVIDIA_H100_80GB_HBM3.json"
+    monkeypatch.delenv("DST_OPS_CACHE")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert routes.table("a GPU without a home") == ()
 
 
 def test_a_table_is_written_whole(tmp_path: Path) -> None:
