@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 import dst_ops
@@ -15,9 +17,6 @@ from dst_train import data, models
 from dst_train.engine import compile_config, sparsify_by, topology_of
 from dst_train.job import BatchPlan, Job, JobError, dump
 from dst_train.sparse import DiagonalLinear, SparsityReport, sparse_layers
-
-# fp32 moments of the optimiser, per parameter.
-_STATES = {"adamw": 2, "sgd": 1}
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Plan:
     job: Job
     batch: BatchPlan
     report: SparsityReport
+    topology: str
     flops: tuple[int, int] | None
     memory: dict[str, int]
     checkpoint_bytes: int
@@ -42,9 +42,15 @@ class Plan:
             lines.append(
                 f"  forward, matrix products of one sample: {sparse:,} FLOPs, {dense:,} when dense ({dense / sparse:.2f}x)"
             )
-        lines += ["", f"memory on each of {self.batch.world_size} ranks, without activations"]
-        lines += [f"  {name:<12} {_bytes(size):>12}" for name, size in self.memory.items()]
-        lines += [f"  checkpoint   {_bytes(self.checkpoint_bytes):>12}  (all ranks together)", "", "op"]
+        lines += [
+            "",
+            "topology",
+            f"  {self.topology}",
+            "",
+            f"memory on each of {self.batch.world_size} ranks, without activations",
+        ]
+        lines += [f"  {name:<13} {_bytes(size):>12}" for name, size in self.memory.items()]
+        lines += [f"  checkpoint    {_bytes(self.checkpoint_bytes):>12}  (all ranks together)", "", "op"]
         lines += _indent(str(dst_ops.backend_report()))
         lines += ["", "ds_config", *_indent(json.dumps(self.ds_config, indent=2))]
         return "\n".join(lines)
@@ -55,7 +61,8 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
 
     Raises:
         JobError: the batch does not divide, shards are missing or miscounted, the model or one of its arguments is
-            unknown, a glob matches no layer, or a band does not divide.
+            unknown, it does not take the samples or cannot be trained on several ranks, a glob matches no layer, or a band
+            does not divide.
     """
     batch = BatchPlan.of(job, world_size)
     if check_data:
@@ -63,20 +70,32 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
             if split is not None:
                 data.check(split, job.data.cache_dir)
     model = models.build(job.model, seed=job.seed)
+    if world_size > 1:
+        _refuse_batch_norm(model)
     sample = data.example_input(job.data.train)
     dense_flops = _flops(model, sample)
+    if job.data.eval is not None:
+        _flops(model, data.example_input(job.data.eval))
     try:
         report = sparsify_by(job, batch, model)
     except ValueError as error:
         raise JobError(f"sparsity: {error}") from error
     try:
-        topology_of(job, batch, model)
+        topology = topology_of(job, batch, model)
     except ValueError as error:
         raise JobError(f"topology: {error}") from error
-    memory, checkpoint = _memory(job, report.parameters, world_size)
-    return Plan(
-        job, batch, report, (_flops(model, sample), dense_flops), memory, checkpoint, compile_config(job, batch)
-    )
+    memory, checkpoint = _memory(job, report.parameters, world_size, topology.held_bytes)
+    flops = (_flops(model, sample), dense_flops)
+    return Plan(job, batch, report, str(topology), flops, memory, checkpoint, compile_config(job, batch))
+
+
+def _refuse_batch_norm(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            raise JobError(
+                f"model: {name} is a {type(module).__name__}, whose running statistics differ from rank to rank, so that "
+                "evaluation and resume would depend on it; choose a model with LayerNorm or GroupNorm, or one rank"
+            )
 
 
 @torch.no_grad()
@@ -97,7 +116,8 @@ def _flops(model: nn.Module, sample: torch.Tensor) -> int:
     training = model.training
     model.eval()
     try:
-        with FlopCounterMode(display=False) as counter:
+        # The counter does not know the CPU's fused attention.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(sample)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # models check their inputs in many ways
         sort = f"{sample.dtype} up to {sample.max():g}"
@@ -111,12 +131,12 @@ def _flops(model: nn.Module, sample: torch.Tensor) -> int:
     return counter.get_total_flops() + extra
 
 
-def _memory(job: Job, parameters: int, world_size: int) -> tuple[dict[str, int], int]:
+def _memory(job: Job, parameters: int, world_size: int, held: int) -> tuple[dict[str, int], int]:
     """ZeRO's arithmetic (Rajbhandari et al. 2020, arXiv 1910.02054, section 5), with fp32 masters and moments."""
     stage = job.deepspeed.zero_optimization.stage
     low = 2 if job.train.precision == "bf16_params" else 4
     masters = 0 if stage == 0 else 4  # ZeRO keeps masters of its own, also beside fp32 parameters
-    states = 4 * _STATES[job.optimizer.name]
+    states = 4 * (2 if job.optimizer.name == "adamw" else int(job.optimizer.momentum > 0))
 
     def share(split_from: int) -> int:
         return world_size if stage >= split_from else 1
@@ -127,6 +147,8 @@ def _memory(job: Job, parameters: int, world_size: int) -> tuple[dict[str, int],
         "masters": masters * parameters // share(1),
         "optimiser": states * parameters // share(1),
     }
+    if held:
+        memory["growth signal"] = held  # in update steps
     memory["total"] = sum(memory.values())
     return memory, (low + masters + states) * parameters
 

@@ -61,6 +61,8 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
             directory.write_environment()
         with _stop_flag() as stop_requested:
             session = build_session(job, plan)
+            if session.topology.layers and not session.topology.update_steps:
+                monitor.message(f"topology {session.topology}")
             trainer = _trainer(job, plan, session, monitor, checkpoints, found, stop_requested)
             trainer.fit(plan.total_steps if stop_at is None else min(stop_at, plan.total_steps))
             if trainer.step == plan.total_steps and not trainer.last_evaluation:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # as torch takes it
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 # A number, or `full` for all units, which is infinity in the job.
 Explore = Annotated[
@@ -269,7 +270,7 @@ class Monitor(Strict):
 class Job(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run directory."""
-    seed: Count = 0
+    seed: Seed = 0
     run_root: str = "runs"
     """Folder of run directories."""
     model: Model
@@ -291,6 +292,12 @@ class Job(Strict):
             raise ValueError(
                 f"topology.method dynadiag with optimizer.name {self.optimizer.name}: the gradients of alpha have no scale "
                 "of their own, as only Adam can take them; use adamw"
+            )
+        trained = [key for key in ("pretrained", "checkpoint_path") if getattr(self.model, "args", {}).get(key)]
+        if trained and self.sparsity is not None:
+            raise ValueError(
+                f"model.args.{trained[0]} with sparsity: sparse layers keep a part of the weights, rescaled as if they were "
+                "initial values, which is not what was trained; leave it out, or set sparsity null"
             )
         if self.train.precision == "bf16_params" and self.deepspeed.zero_optimization.stage == 0:
             raise ValueError(

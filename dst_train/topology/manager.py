@@ -66,6 +66,28 @@ class Topology:
         self._method = SOFT if self._soft else METHODS.get(self.settings.method)
         self._check_layers()
 
+    @property
+    def update_steps(self) -> range:
+        """The optimiser steps after which updates come, unless they are skipped."""
+        s = self.settings
+        return range(s.every, s.last_step, s.every) if self._method is not None else range(0)
+
+    @property
+    def held_bytes(self) -> int:
+        """What each rank holds in an update step for the growth signal of several micro-batches, see `GrowthSignal`."""
+        s = self.settings
+        if self._method is None or not self._method.measures or s.accumulation == 1 or s.grow_signal != "exact":
+            return 0
+        return sum(4 * layer.in_features * layer.out_features for layer in self.layers.values())
+
+    def __str__(self) -> str:
+        s, steps = self.settings, self.update_steps
+        if self._method is None:
+            return "static: no updates"
+        if not steps:
+            return f"{s.method}: no updates, as every={s.every} is not below until * total_steps={s.last_step}"
+        return f"{s.method}: {len(steps)} updates, after steps {steps[0]} to {steps[-1]}"
+
     def bind(self, target: Any) -> Topology:
         """Attach to a torch optimiser or a DeepSpeed engine. Collective.
 
@@ -164,9 +186,7 @@ class Topology:
                     f"layer {name} has gate={layer.gate!r} and method={self.settings.method!r} {needs} gates; give sparsify() "
                     "gate='straight_through' for dynadiag, and no gate for other methods"
                 )
-            if layer.num_start > layer.num_final and (
-                self._method is None or self.settings.every >= self.settings.last_step
-            ):
+            if layer.num_start > layer.num_final and not self.update_steps:
                 raise ValueError(
                     f"layer {name} starts with {layer.num_start} units and is to keep {layer.num_final}, but no update comes: "
                     f"method={self.settings.method!r}, every={self.settings.every}, until * total_steps={self.settings.last_step}"

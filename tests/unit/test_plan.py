@@ -78,14 +78,29 @@ def test_the_low_rank_path_counts(job_file: Path) -> None:
 def test_memory_by_hand(job_file: Path, stage: int, precision: str, expected: tuple[int, ...]) -> None:
     job = load(job_file, [f"deepspeed.zero_optimization.stage={stage}", f"train.precision={precision}"])
     plan = prepare(job, 2, check_data=False)
-    count = plan.report.parameters
-    assert tuple(plan.memory.values()) == (*(e * count for e in expected), sum(expected) * count)
+    count, held = plan.report.parameters, 4 * (784 * 64 + 64 * 32)  # one whole gradient of each sparse layer
+    expected_bytes = [e * count for e in expected]
+    assert tuple(plan.memory.values()) == (*expected_bytes, held, sum(expected_bytes) + held)
+    for change in ("train.micro_batch_size=4", "topology.grow_signal=local", "topology.method=set"):
+        assert "growth signal" not in prepare(load(job_file, [change]), 2).memory
+    sgd = load(job_file, ["optimizer={name: sgd, lr: 1, momentum: 0}", "deepspeed.zero_optimization.stage=0"])
+    assert prepare(sgd, 2).memory["optimiser"] == 0
+
+
+def test_the_plan_says_when_the_topology_changes(job_file: Path) -> None:
+    """15 steps, of which 11 are before `until`."""
+    for override, text in (
+        ("topology.update.every=4", "rigl: 2 updates, after steps 4 to 8"),
+        ("topology.update.every=11", "rigl: no updates, as every=11 is not below until * total_steps=11"),
+        ("topology.method=static", "static: no updates"),
+    ):
+        assert f"topology\n  {text}\n" in str(prepare(load(job_file, [override]), 2))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.micro_batch_size=3"], "train.micro_batch_size 3 does not divide the 8 samples"),
+        (["train.micro_batch_size=3"], "train.micro_batch_size 3 does not divide the 4 samples"),
         (["data.train.shards=none.tar"], "none.tar does not exist"),
         (["data.train.samples=41"], "40 samples in 2 shards, but the job says samples: 41"),
         (["sparsity.rules=[{match: 'blocks.*', sparsity: 0.5}]"], "sparsity: rule 'blocks.*' matches no linear layer"),
@@ -97,12 +112,23 @@ def test_memory_by_hand(job_file: Path, stage: int, precision: str, expected: tu
         (["model={builder: timm, name: vit_tiny_patch16_224, args: {patches: 3}}"], "model.args: timm cannot build"),
         (["model.in_features=100", "sparsity=null"], "model: it does not take a sample of shape (1, 28, 28)"),
         (["data.train.transform=next_byte", "data.train.length=9"], "bytes, needs .bin of 10 bytes"),
+        (["data.eval={shards: SHARDS, samples: 40, transform: imagenet_eval}"], "it does not take a sample of shape (3, 224, 224)"),
+        (
+            ["model={builder: timm, name: resnet10t, args: {in_chans: 1}}", "sparsity=null"],
+            "model: conv1.1 is a BatchNorm2d, whose running statistics differ from rank to rank",
+        ),
+        (
+            ["model={builder: timm, name: vit_tiny_patch16_224, args: {pretrained: true}}"],
+            "model.args.pretrained with sparsity: sparse layers keep a part of the weights",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_with_exit_code_2(
     job_file: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(job_file), *(text for override in overrides for text in ("--set", override))]) == 2
+    shards = load(job_file).data.train.shards
+    changes = [text for override in overrides for text in ("--set", override.replace("SHARDS", f"'{shards}'"))]
+    assert main(["plan", str(job_file), "--ranks", "2", *changes]) == 2
     output = capsys.readouterr()
     assert message in output.err
     assert not output.out
@@ -129,9 +155,9 @@ def test_every_job_plans(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "gpt" in path.stem:
         assert len(layers) == (0 if "dense" in path.stem else 16)
         assert "lm_head" not in layers
-        # Four blocks of 12 x 128^2 weights and the head, for 128 tokens.
+        # Four blocks of 12 x 128^2 weights and the head, for 128 tokens; two products of attention in each block.
         assert plan.flops is not None
-        assert plan.flops[1] == 2 * 128 * (4 * 12 * 128**2 + 256 * 128)
+        assert plan.flops[1] == 2 * 128 * (4 * 12 * 128**2 + 256 * 128) + 4 * 2 * 2 * 128 * 128 * 128
     assert bool(layers) == ("dense" not in path.stem)
 
 

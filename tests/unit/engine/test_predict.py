@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dst_train.data import Batch, EvalBatch
+from dst_train.data import Batch, DataError, EvalBatch
 from dst_train.engine.evaluate import evaluate
 from dst_train.engine.predict import predict
 from dst_train.engine.trainer import Trainer
@@ -119,3 +119,9 @@ def test_images_have_one_row_each(engine: Engine, dtype: torch.dtype) -> None:
     assert logits.dtype == torch.float32
     assert torch.equal(logits, images)  # all exact in bf16
     assert torch.equal(targets, labels)
+
+
+def test_a_label_that_is_no_class_is_named() -> None:
+    engine: Any = Engine()
+    with pytest.raises(DataError, match=r"a sample has label 3, and the model has 3 classes \(0 to 2\)"):
+        predict(engine, torch.zeros(2, 3), torch.tensor([0, 3]), torch.float32)
