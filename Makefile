@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
-# Ranks of the demo: every GPU, or two on the CPU.
-RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+# Ranks of the demo, whose batch divides by two: one on a single GPU.
+RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
 # Job and overrides of the demo, for example: make demo SET="train.epochs=2 name=short"
 JOB ?= jobs/vit_digits.yaml
 SET ?=

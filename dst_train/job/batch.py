@@ -34,7 +34,8 @@ class BatchPlan:
         batch, micro = job.train.batch_size, job.train.micro_batch_size
         if batch % world_size:
             raise JobError(
-                f"train.batch_size {batch} does not divide by {world_size} ranks; use a multiple of {world_size}"
+                f"train.batch_size {batch} does not divide by {world_size} ranks; use a multiple of {world_size}, of "
+                f"micro_batch_size x ranks = {micro * world_size} if train.micro_batch_size is to stay {micro}"
             )
         share = batch // world_size
         if share % micro:

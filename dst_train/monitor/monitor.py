@@ -76,11 +76,13 @@ class Monitor:
             return
         self._run.append_topology(update)
         targets = {layer.name: layer.target_sparsity for layer in report.layers}
+        entries = {layer.name: layer.in_features * layer.out_features for layer in report.layers}
+        present = sum(entries[layer.name] * len(layer.active) / layer.num_units for layer in update.layers)
         scalars = {
             "topology/churn": update.churn,
             "topology/drop_fraction": update.drop_fraction,
             "topology/update_seconds": update.seconds,
-            "topology/sparsity": 1.0 - report.density,
+            "topology/sparsity": 1.0 - present / sum(entries[layer.name] for layer in update.layers),
         }
         for layer in update.layers:
             scalars[f"topology/churn/{layer.name}"] = layer.churn

@@ -228,6 +228,8 @@ def _module(
     if rule.pattern == "diagonal":
         learned, gate, rank = rule.permute == "learned", options.gate, options.rank
         return DiagonalLinear(in_features, out_features, band=rule.band, gate=gate, permute=learned, rank=rank, **drawn)
+    if options.rank:
+        raise ValueError(f"rank={options.rank}: only diagonal layers have a low-rank path, this one is {rule.pattern}")
     if rule.pattern == "sr_ste":
         return SrSteLinear(in_features, out_features, size=rule.size, accumulation=options.accumulation, **shared)
     if rule.pattern == "butterfly":
@@ -235,9 +237,9 @@ def _module(
     if rule.pattern == "sdgp":
         return SdgpLinear(in_features, out_features, size=rule.size, **shared)
     if options.gate is not None:
-        raise ValueError(f"gate={options.gate!r}: only diagonal layers have gates, this one is {rule.pattern}")
-    if options.rank:
-        raise ValueError(f"rank={options.rank}: only diagonal layers have a low-rank path, this one is {rule.pattern}")
+        raise ValueError(
+            f"gate={options.gate!r}, as method dynadiag needs: only diagonal layers have gates, this one is {rule.pattern}"
+        )
     return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **drawn)
 
 

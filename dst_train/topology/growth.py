@@ -86,8 +86,9 @@ class GrowthSignal:
         seen = self._seen[name] = self._seen.get(name, 0) + 1
         if seen > self._accumulation:
             raise RuntimeError(
-                f"layer {name} was called more than once in a micro-batch (or there were more than "
-                f"{self._accumulation} micro-batches in a step); a shared layer cannot be dynamically sparse: keep it dense"
+                f"layer {name} received more than {self._accumulation} gradients in a step: it was called more than once in a "
+                "micro-batch (a shared layer cannot be dynamically sparse: keep it dense), or there were more backward passes "
+                "than accumulation says (Topology(..., accumulation=N) for N of them)"
             )
         x2, dy2 = layer.arrange(x.reshape(-1, layer.in_features)), dy.reshape(-1, layer.out_features)
         if not self._exact:

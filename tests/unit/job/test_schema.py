@@ -170,7 +170,7 @@ def test_batch_arithmetic() -> None:
 @pytest.mark.parametrize(
     ("train", "ranks", "message"),
     [
-        ({}, 5, "train.batch_size 96 does not divide by 5 ranks; use a multiple of 5"),
+        ({}, 5, "train.batch_size 96 does not divide by 5 ranks; use a multiple of 5, of micro_batch_size x ranks ="),
         (
             {"micro_batch_size": 7},
             4,

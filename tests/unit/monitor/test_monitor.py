@@ -111,6 +111,8 @@ def test_gates_are_shown_and_large_layers_have_no_picture(open_monitor, run, mak
     assert reader.Scalars("topology/effective_units/fc")[0].value == pytest.approx(2.57, rel=1e-6)
     assert reader.Scalars("topology/temperature/fc")[0].value == 0.5
     assert reader.Histograms("gates/fc")[0].histogram_value.num == 3
+    present = len(update.layers[0].active) / (LISTED_UNITS + 1)
+    assert reader.Scalars("topology/sparsity")[0].value == pytest.approx(1 - present, rel=1e-6)
     assert reader.Tags()["images"] == []
 
 

@@ -56,8 +56,11 @@ def test_sparsify_gives_diagonal_layers_a_path_and_counts_it() -> None:
     assert report.density == without.density + 2 * (16 + 32) / (16 * 32)
     with pytest.raises(ValueError, match=r"layer 0 .*rank=17: must be from 1 to 16"):
         build(rank=17)
-    with pytest.raises(ValueError, match="rank=2: only diagonal layers have a low-rank path, this one is unstructured"):
-        sparsify(nn.Sequential(nn.Linear(8, 8)), [{"match": "0", "sparsity": 0.5, "pattern": "unstructured"}], rank=2)
+    for pattern in ("unstructured", "sr_ste", "butterfly", "sdgp"):
+        with pytest.raises(
+            ValueError, match=f"rank=2: only diagonal layers have a low-rank path, this one is {pattern}"
+        ):
+            sparsify(nn.Sequential(nn.Linear(8, 8)), [{"match": "0", "sparsity": 0.5, "pattern": pattern}], rank=2)
 
 
 def _train(rank: int, active_from: int, steps: int = 9) -> list[dict[str, Tensor]]:

@@ -133,7 +133,10 @@ def test_bad_rules_are_named(model: type, rule: dict, message: str) -> None:
 
 
 def test_a_gate_is_for_diagonal_layers() -> None:
-    with pytest.raises(ValueError, match=r"layer head .*gate='soft': only diagonal layers have gates, this one is n_m"):
+    with pytest.raises(
+        ValueError,
+        match=r"layer head .*gate='soft', as method dynadiag needs: only diagonal layers have gates, this one is n_m",
+    ):
         sparsify(Net(), [{"match": "head", "sparsity": 0.5, "pattern": "n_m", "size": 2}], gate="soft")
 
 
