@@ -6,14 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dst_train.sparse import sparsify
+    from dst_train.sparse import densify, sparse_layers, sparsify
     from dst_train.topology import Topology
 
 __version__ = "0.1.0"
 
-__all__ = ["Topology", "__version__", "sparsify"]
+__all__ = ["Topology", "__version__", "densify", "sparse_layers", "sparsify"]
 
-_HOMES = {"sparsify": "dst_train.sparse", "Topology": "dst_train.topology"}
+_HOMES = {
+    "Topology": "dst_train.topology",
+    "densify": "dst_train.sparse",
+    "sparse_layers": "dst_train.sparse",
+    "sparsify": "dst_train.sparse",
+}
 
 
 def __getattr__(name: str) -> Any:

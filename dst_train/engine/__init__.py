@@ -11,6 +11,7 @@ from dst_train.engine.config import compile_config
 
 if TYPE_CHECKING:
     from dst_train.engine.checkpoint import CheckpointError
+    from dst_train.engine.load import load_model
     from dst_train.engine.resume import JobChangedError
     from dst_train.engine.runner import Outcome, run
     from dst_train.engine.session import leave_distributed
@@ -21,6 +22,7 @@ __all__ = [
     "Outcome",
     "compile_config",
     "leave_distributed",
+    "load_model",
     "run",
     "sparsify_by",
     "topology_of",
@@ -31,6 +33,7 @@ _WITH_DEEPSPEED = {
     "JobChangedError": "resume",
     "Outcome": "runner",
     "leave_distributed": "session",
+    "load_model": "load",
     "run": "runner",
 }
 

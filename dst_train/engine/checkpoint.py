@@ -82,7 +82,7 @@ class Checkpoints:
             CheckpointError: on every rank, when there are checkpoints and none of them verifies, or when it was written by
                 another number of ranks.
         """
-        found, bad = _broadcast(self._search() if self._rank == 0 else None)
+        found, bad = _broadcast(search(self._root) if self._rank == 0 else None)
         if found is None and bad:
             raise CheckpointError(f"no checkpoint under {self._root} can be used: {'; '.join(bad)}")
         now = dist.get_world_size()
@@ -104,16 +104,6 @@ class Checkpoints:
             raise CheckpointError(f"DeepSpeed could not load {self._root / found.tag}")
         _restore_random_state(client[CLIENT_KEY]["random"][self._rank])
         return client[CLIENT_KEY]["state"]
-
-    def _search(self) -> tuple[Found | None, list[str]]:
-        bad: list[str] = []
-        for tag in reversed(_tags(self._root)):
-            problem = _problem(self._root / tag)
-            if problem is None:
-                facts = json.loads((self._root / tag / MANIFEST).read_text())
-                return Found(tag, facts["step"], facts["world_size"], facts["job"]), bad
-            bad.append(f"{tag}: {problem}")
-        return None, bad
 
     def _commit(self, tag: str, staging: str, facts: dict[str, Any]) -> None:
         folder = self._root / staging
@@ -137,6 +127,18 @@ class Checkpoints:
             except OSError as error:  # a flaky disk must not end the training
                 notes.append(f"could not remove the checkpoint {name}: {error}")
         return notes
+
+
+def search(root: Path) -> tuple[Found | None, list[str]]:
+    """The newest checkpoint under `root` that verifies, and what is wrong with those after it. No collective."""
+    bad: list[str] = []
+    for tag in reversed(_tags(root)):
+        problem = _problem(root / tag)
+        if problem is None:
+            facts = json.loads((root / tag / MANIFEST).read_text())
+            return Found(tag, facts["step"], facts["world_size"], facts["job"]), bad
+        bad.append(f"{tag}: {problem}")
+    return None, bad
 
 
 def _tags(root: Path) -> list[str]:

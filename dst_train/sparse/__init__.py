@@ -2,6 +2,7 @@
 
 from dst_train.sparse.budget import BUDGETS, densities
 from dst_train.sparse.butterfly import ButterflyLinear
+from dst_train.sparse.densify import densify
 from dst_train.sparse.layer import SparseLayer
 from dst_train.sparse.linear import GATES, DiagonalLinear
 from dst_train.sparse.low_rank import LowRank
@@ -25,6 +26,7 @@ __all__ = [
     "SparsityReport",
     "SparsityRule",
     "SrSteLinear",
+    "densify",
     "densities",
     "sparse_layers",
     "sparsify",

@@ -69,6 +69,10 @@ class SdgpLinear(nn.Linear):
         y = _Product.apply(x, weight, self.kept, self.size)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def to_dense(self) -> Tensor:
+        """The weight, as in the other patterns."""
+        return self.weight
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, gradient {self.kept} of {self.size}, bias={self.bias is not None}"
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from torch import nn
 
-from dst_train.data import write_shards
+from dst_train.data import eval_loader, write_shards
+from dst_train.job import BatchPlan, load
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +26,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def count_right(model: nn.Module, path: Path) -> int:
+    """Evaluation samples of the job at `path` that the model gets right."""
+    job = load(path)
+    with torch.no_grad():
+        batches = list(eval_loader(job, BatchPlan.of(job, 1), rank=0))
+        return sum(int(((model(b.inputs).argmax(1) == b.targets) & b.valid).sum()) for b in batches)
 
 
 Write = Callable[..., Path]

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dst_train import densify
 from dst_train.data import write_shards
-from tests.e2e.conftest import free_port
+from dst_train.engine import load_model
+from tests.e2e.conftest import count_right, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +79,7 @@ def test_the_launcher_trains_a_job(write_job: Any, tmp_path: Path) -> None:
     assert scalars | layer | {"topology/churn", "topology/update_seconds"} <= set(tags["scalars"])
     assert set(tags["images"]) == {"units/layers.0", "units/layers.1"}
     assert _scalars(run, "topology/sparsity_actual/layers.0")[0] == pytest.approx(1 - 78 / 784)
+    assert count_right(load_model(run), job) == count_right(densify(load_model(run)), job) == round(accuracy[-1] * 21)
 
 
 def _updates(run: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dst_train.engine import checkpoint
+from dst_train.engine import checkpoint, load_model
 from dst_train.engine.checkpoint import CheckpointError, Checkpoints
 
 
@@ -179,3 +179,11 @@ def test_loading_errors(tmp_path: Path) -> None:
     engine: Any = FakeEngine()
     with pytest.raises(CheckpointError, match="DeepSpeed could not load"):
         checkpoints.load(engine, checkpoint.Found("step-00000007", 7, 1, {}))
+
+
+def test_a_run_without_a_checkpoint_has_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint under .*checkpoints can be used$"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="can be used: step-00000001: unreadable manifest"):
+        load_model(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dst_train.sparse import DiagonalLinear, MaskedLinear, SparsityRule, densities, sparse_layers, sparsify
+from dst_train.sparse import DiagonalLinear, MaskedLinear, SparsityRule, densify, densities, sparse_layers, sparsify
 
 
 class Net(nn.Module):
@@ -45,6 +45,33 @@ def test_last_rule_wins_and_null_keeps_a_layer_dense() -> None:
     assert report.dense_parameters == sum(p.numel() for p in Net().parameters())
     assert "blocks.0.fc1" in str(report)
     assert "diagonal 16" in str(report)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"pattern": "diagonal", "permute": "learned", "band": 2},
+        {"pattern": "unstructured"},
+        {"pattern": "sr_ste", "size": 4},
+        {"pattern": "butterfly", "size": 1},
+        {"pattern": "sdgp", "size": 4},
+    ],
+)
+def test_densify_computes_the_same_with_plain_linear_layers(rule: dict) -> None:
+    gated = {"gate": "soft", "rank": 2} if rule["pattern"] == "diagonal" else {}
+    net = Net()
+    net.head = nn.Linear(32, 16)
+    sparsify(net, [{"match": "head", "sparsity": 0.5, **rule}], **gated)
+    if isinstance(net.head, DiagonalLinear):
+        nn.init.normal_(net.head.alpha)
+        nn.init.normal_(net.head.low_rank.up)
+        net.head.order.copy_(torch.randperm(net.head.in_features))
+    x = torch.randn(3, 5, net.head.in_features)
+    expected = net.head(x)
+    assert densify(net) is net
+    assert isinstance(net.head, nn.Linear)
+    assert net.head.extra_repr() == f"in_features={x.shape[-1]}, out_features={expected.shape[-1]}, bias=True"
+    torch.testing.assert_close(net.head(x), expected)
 
 
 def test_values_are_the_scaled_dense_initialisation() -> None:
