@@ -75,7 +75,7 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     sample = data.example_input(job.data.train)
     dense_flops = _flops(model, sample)
     if job.data.eval is not None:
-        _flops(model, data.example_input(job.data.eval))
+        _flops(model, data.example_input(job.data.eval), "data.eval")
     try:
         report = sparsify_by(job, batch, model)
     except ValueError as error:
@@ -91,7 +91,7 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
 
 def _refuse_batch_norm(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, nn.SyncBatchNorm):
             raise JobError(
                 f"model: {name} is a {type(module).__name__}, whose running statistics differ from rank to rank, so that "
                 "evaluation and resume would depend on it; choose a model with LayerNorm or GroupNorm, or one rank"
@@ -99,7 +99,7 @@ def _refuse_batch_norm(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _flops(model: nn.Module, sample: torch.Tensor) -> int:
+def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train") -> int:
     """Matrix products that torch counts, plus 2 K L per token for the diagonal layers, whose op it does not know.
 
     K is that of the settled topology. Masked layers count as what they are: dense.
@@ -122,7 +122,7 @@ def _flops(model: nn.Module, sample: torch.Tensor) -> int:
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # models check their inputs in many ways
         sort = f"{sample.dtype} up to {sample.max():g}"
         raise JobError(
-            f"model: it does not take a sample of shape {tuple(sample.shape[1:])} ({sort}): {error}"
+            f"model: it does not take a sample of {split}, of shape {tuple(sample.shape[1:])} ({sort}): {error}"
         ) from error
     finally:
         model.train(training)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,12 @@ class Checkpoints:
         """Restore engine, buffers and this rank's random state; returns the `state` given to `save`.
 
         Raises:
-            CheckpointError: DeepSpeed finds nothing to load.
+            CheckpointError: on every rank, when DeepSpeed finds nothing to load on some.
         """
         path, client = engine.load_checkpoint(str(self._root), tag=found.tag)
-        if path is None:
-            raise CheckpointError(f"DeepSpeed could not load {self._root / found.tag}")
+        failed = [str(rank) for rank, path in enumerate(_gather(path)) if path is None]
+        if failed:
+            raise CheckpointError(f"DeepSpeed could not load {self._root / found.tag} on rank {', '.join(failed)}")
         _restore_random_state(client[CLIENT_KEY]["random"][self._rank])
         return client[CLIENT_KEY]["state"]
 
@@ -120,8 +122,8 @@ class Checkpoints:
         """What is older than the newest `keep`, and later than `newest`: damaged, or the run would have continued from there."""
         notes = []
         tags = _tags(self._root)
-        past = [name for name in tags if name <= newest]
-        for name in [*past[: -self._keep], *(name for name in tags if name > newest)]:
+        past = tags[: tags.index(newest) + 1]
+        for name in past[: -self._keep] + tags[len(past) :]:
             try:
                 shutil.rmtree(self._root / name)
             except OSError as error:  # a flaky disk must not end the training
@@ -142,7 +144,13 @@ def search(root: Path) -> tuple[Found | None, list[str]]:
 
 
 def _tags(root: Path) -> list[str]:
-    return sorted(p.name for p in root.glob("step-*") if p.is_dir() and not p.name.endswith(".partial"))
+    """Of whole checkpoints, the earliest first; folders of other names are not ours."""
+    names = [p.name for p in root.glob("step-*") if p.is_dir() and re.fullmatch(r"step-\d{8,}", p.name)]
+    return sorted(names, key=_step)
+
+
+def _step(tag: str) -> int:
+    return int(tag.removeprefix("step-"))
 
 
 def _problem(folder: Path) -> str | None:

@@ -12,17 +12,20 @@ from dst_train import models
 from dst_train.engine.build import sparsify_by
 from dst_train.engine.checkpoint import CheckpointError, search
 from dst_train.job import BatchPlan, Job
-from dst_train.sparse import LowRank, sparse_layers
+from dst_train.job.schema import Model, TimmModel
+from dst_train.sparse import sparse_layers
 from dst_train.topology import policy
 
 
 def load_model(run_directory: str | Path) -> nn.Module:
     """The model as the newest checkpoint of a run that verifies has it: on the CPU, in fp32, in evaluation mode.
 
-    Its sparse layers are sparse; `dst_train.densify` makes plain linear layers of them. Needs no process group.
+    Its sparse layers are sparse; `dst_train.densify` makes plain linear layers of them. Needs no process group. The values are those
+    that the forward pass used, of `bf16_params` rounded to bf16; at ZeRO stage 3 the masters.
 
     Raises:
         CheckpointError: there is no checkpoint, or none verifies.
+        pydantic.ValidationError: its job is not one of this version.
     """
     root = Path(run_directory) / "checkpoints"
     found, bad = search(root)
@@ -30,7 +33,7 @@ def load_model(run_directory: str | Path) -> nn.Module:
         raise CheckpointError(f"no checkpoint under {root} can be used{': ' if bad else ''}{'; '.join(bad)}")
     job = Job.model_validate(found.job)
     plan = BatchPlan.of(job, found.world_size)
-    model = models.build(job.model, seed=job.seed)
+    model = models.build(_untrained(job.model), seed=job.seed)
     sparsify_by(job, plan, model)
     if job.deepspeed.zero_optimization.stage == 3:
         state = get_fp32_state_dict_from_zero_checkpoint(str(root), found.tag)
@@ -39,17 +42,15 @@ def load_model(run_directory: str | Path) -> nn.Module:
             "module"
         ]
     model.load_state_dict(state)
-    _as_at(found.step, job, plan, model)
+    temperature, last_step = job.topology.temperature, int(job.topology.update.until * plan.total_steps)
+    for layer in sparse_layers(model).values():  # a function of the step, and no part of the state
+        layer.temperature = policy.temperature(temperature.start, temperature.end, found.step + 1, last_step)
     return model.eval()
 
 
-def _as_at(step: int, job: Job, plan: BatchPlan, model: nn.Module) -> None:
-    """What depends on the step and is no part of the state, as after that step."""
-    if job.sparsity is not None and job.sparsity.low_rank is not None:
-        for module in model.modules():
-            if isinstance(module, LowRank):
-                module.active = step - 1 >= job.sparsity.low_rank.start * plan.total_steps
-    start, end = job.topology.temperature.start, job.topology.temperature.end
-    last_step = int(job.topology.update.until * plan.total_steps)
-    for layer in sparse_layers(model).values():
-        layer.temperature = policy.temperature(start, end, step + 1, last_step)
+def _untrained(spec: Model) -> Model:
+    """Without the arguments that fetch weights which are replaced anyway."""
+    if not isinstance(spec, TimmModel):
+        return spec
+    args = {key: value for key, value in spec.args.items() if key not in ("pretrained", "checkpoint_path")}
+    return spec.model_copy(update={"args": args})

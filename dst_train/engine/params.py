@@ -15,7 +15,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from dst_train.topology.editor import SlotOf, editor_for, element_state, slot_sums, write_elements
+from dst_train.topology.editor import SlotOf, editor_for, element_state, require_trainable, slot_sums, write_elements
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,9 @@ class DeepSpeedEditor:
             )
 
     def check(self, name: str, parameter: nn.Parameter) -> None:
+        require_trainable(name, parameter)
         groups = self._engine.basic_optimizer.param_groups if self._stage == 0 else None
-        if not parameter.requires_grad or (
-            groups is not None and not any(parameter is p for group in groups for p in group["params"])
-        ):
+        if groups is not None and not any(parameter is p for group in groups for p in group["params"]):
             raise ValueError(f"{name} is not among the optimiser's parameters; create the optimiser after sparsify()")
 
     def sums(self, parameter: nn.Parameter, slot_of: SlotOf, num_slots: int) -> Tensor:

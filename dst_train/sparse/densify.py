@@ -13,7 +13,7 @@ from dst_train.sparse.sr_ste import SrSteLinear
 
 @torch.no_grad()
 def densify(model: nn.Module) -> nn.Module:
-    """Replace the sparse layers of `model` in place by `nn.Linear` of the same weights, zeros included; returns it.
+    """Replace the sparse layers of `model` in place by `nn.Linear` of the same weights, zeros included; returns the model.
 
     For export, or where the op is not at hand. What a gate, a learned order or a low-rank path does is in the weights.
     """
@@ -23,6 +23,9 @@ def densify(model: nn.Module) -> nn.Module:
             dense.weight = nn.Parameter(module.to_dense().clone())
             if module.bias is not None:
                 dense.bias = nn.Parameter(module.bias.clone())
+            dense.train(module.training)
+            if not name:
+                return dense
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, dense.train(module.training))
+            setattr(model.get_submodule(parent), child, dense)
     return model

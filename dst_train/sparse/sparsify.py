@@ -101,12 +101,16 @@ def sparsify(
 
     Raises:
         ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
-            divide a layer or does not belong to the pattern, a weight that two modules share, sparsity outside [0, 1),
+            divide a layer or does not belong to the pattern, a model that is a linear layer, a weight that two modules share, sparsity outside [0, 1),
             explore below 1, an unknown gate, a rank above a layer's size, a gate or rank for a layer that is not diagonal, or
             `sdgp` under another budget than `uniform`.
     """
     parsed = [_parse(rule) for rule in rules]
     dense = _replaceable(model)
+    if "" in dense:
+        raise ValueError(
+            "the model is a linear layer itself and cannot be replaced in place; wrap it: nn.Sequential(model)"
+        )
     chosen = _assign(parsed, dense, model)
     for layer, rule in chosen:
         if rule.pattern == "sdgp" and budget != "uniform":

@@ -56,12 +56,9 @@ class TorchEditor:
         self._world_size = world_size
 
     def check(self, name: str, parameter: nn.Parameter) -> None:
+        require_trainable(name, parameter)
         if not any(parameter is p for group in self._optimizer.param_groups for p in group["params"]):
             raise ValueError(f"{name} is not among the optimiser's parameters; create the optimiser after sparsify()")
-        if not parameter.requires_grad:
-            raise ValueError(
-                f"{name} is frozen (requires_grad is False): what grows there would never learn; keep it dense"
-            )
 
     def sums(self, parameter: nn.Parameter, slot_of: SlotOf, num_slots: int) -> Tensor:
         state = element_state(self._optimizer.state.get(parameter, {}), parameter.numel())
@@ -71,6 +68,13 @@ class TorchEditor:
     def write(self, parameter: nn.Parameter, elements: Tensor, value: float | Tensor, second_moment: float) -> None:
         state = element_state(self._optimizer.state.get(parameter, {}), parameter.numel())
         write_elements(parameter, {k: v.view(-1) for k, v in state.items()}, elements, value, second_moment)
+
+
+def require_trainable(name: str, parameter: nn.Parameter) -> None:
+    if not parameter.requires_grad:
+        raise ValueError(
+            f"{name} is frozen (requires_grad is False): what grows there would never learn; keep it dense"
+        )
 
 
 def element_state(state: dict[str, Any], numel: int) -> dict[str, Tensor]:

@@ -76,9 +76,13 @@ class Topology:
     def held_bytes(self) -> int:
         """What each rank holds in an update step for the growth signal of several micro-batches, see `GrowthSignal`."""
         s = self.settings
-        if self._method is None or not self._method.measures or s.accumulation == 1 or s.grow_signal != "exact":
+        if not self._measures or s.accumulation == 1 or s.grow_signal != "exact":
             return 0
         return sum(4 * layer.in_features * layer.out_features for layer in self.layers.values())
+
+    @property
+    def _measures(self) -> bool:
+        return self._method is not None and (self._method.measures or bool(self._ordered))
 
     def __str__(self) -> str:
         s, steps = self.settings, self.update_steps
@@ -92,7 +96,7 @@ class Topology:
         """Attach to a torch optimiser or a DeepSpeed engine. Collective.
 
         Raises:
-            ValueError: a sparse layer that is not optimised. TypeError: another kind of target.
+            ValueError: a sparse layer that is not optimised, or frozen. TypeError: another kind of target.
             TopologyMismatchError: the ranks start from different offsets.
         """
         s, self._ranks = self.settings, Ranks()
@@ -198,7 +202,7 @@ class Topology:
         if self._method is not None and coming % self.settings.every == 0 and coming < self.settings.last_step:
             self._due = True
         self._signal.stop()
-        if self._due and self._method is not None and (self._method.measures or self._ordered):
+        if self._due and self._measures:
             assert self._editor is not None
             fraction = policy.cosine_drop_fraction(self.settings.first_drop_fraction, coming, self.settings.last_step)
             self._weakest = permutation.weakest(self._ordered, fraction, self._editor, self._ranks)

@@ -124,6 +124,7 @@ def test_bad_samples_end_the_job_beyond_the_limit(write_job: Any, run_job: Any, 
     assert "train-000000.tar" in strict.stderr
     tolerant = run_job(write_job(name="tolerant", data__max_bad_samples=1, **changes), ranks=1)
     assert tolerant.returncode == 0, tolerant.stderr
+    assert "topology rigl: no updates, as every=3 is not below until * total_steps=2" in tolerant.stdout
     assert _scalars(tmp_path / "runs/tolerant", "train/bad_samples")[-1] == 1.0
     twice = run_job(write_job(name="twice", data__max_bad_samples=1, **{**changes, "train__steps": 9}), ranks=1)
     assert "2 samples could not be decoded, data.max_bad_samples allows 1" in twice.stderr

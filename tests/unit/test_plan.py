@@ -81,6 +81,8 @@ def test_memory_by_hand(job_file: Path, stage: int, precision: str, expected: tu
     count, held = plan.report.parameters, 4 * (784 * 64 + 64 * 32)  # one whole gradient of each sparse layer
     expected_bytes = [e * count for e in expected]
     assert tuple(plan.memory.values()) == (*expected_bytes, held, sum(expected_bytes) + held)
+    permuted = "sparsity.rules=[{match: 'layers.*', sparsity: 0.75, permute: learned}]"
+    assert prepare(load(job_file, [permuted, "topology.method=set"]), 2).memory["growth signal"] == held
     for change in ("train.micro_batch_size=4", "topology.grow_signal=local", "topology.method=set"):
         assert "growth signal" not in prepare(load(job_file, [change]), 2).memory
     sgd = load(job_file, ["optimizer={name: sgd, lr: 1, momentum: 0}", "deepspeed.zero_optimization.stage=0"])
@@ -110,9 +112,9 @@ def test_the_plan_says_when_the_topology_changes(job_file: Path) -> None:
         (["train.batch=3"], "did you mean 'batch_size'?"),
         (["model={builder: timm, name: vit_tny_patch16_224}"], "vit_tiny_patch16_224"),
         (["model={builder: timm, name: vit_tiny_patch16_224, args: {patches: 3}}"], "model.args: timm cannot build"),
-        (["model.in_features=100", "sparsity=null"], "model: it does not take a sample of shape (1, 28, 28)"),
+        (["model.in_features=100", "sparsity=null"], "model: it does not take a sample of data.train, of shape (1, 28, 28)"),
         (["data.train.transform=next_byte", "data.train.length=9"], "bytes, needs .bin of 10 bytes"),
-        (["data.eval={shards: SHARDS, samples: 40, transform: imagenet_eval}"], "it does not take a sample of shape (3, 224, 224)"),
+        (["data.eval={shards: SHARDS, samples: 40, transform: imagenet_eval}"], "it does not take a sample of data.eval, of shape (3, 224, 224)"),
         (
             ["model={builder: timm, name: resnet10t, args: {in_chans: 1}}", "sparsity=null"],
             "model: conv1.1 is a BatchNorm2d, whose running statistics differ from rank to rank",
@@ -164,9 +166,9 @@ def test_every_job_plans(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.args.n_positions=100"], r"it does not take a sample of shape \(128,\) \(torch.int64 up to 255\): index out of range"),
-        (["model.args.vocab_size=255"], r"a sample of shape \(128,\) \(torch.int64 up to 255\): index out of range"),
-        (["model={builder: timm, name: vit_tiny_patch16_224}", "sparsity=null"], r"a sample of shape \(128,\)"),
+        (["model.args.n_positions=100"], r"it does not take a sample of data.train, of shape \(128,\) \(torch.int64 up to 255\): index out of range"),
+        (["model.args.vocab_size=255"], r"a sample of data.train, of shape \(128,\) \(torch.int64 up to 255\): index out of range"),
+        (["model={builder: timm, name: vit_tiny_patch16_224}", "sparsity=null"], r"a sample of data.train, of shape \(128,\)"),
         (["data.train={shards: x, samples: 96, transform: digits}", "data.eval=null"], r"shape \(1, 28, 28\) \(torch.float32 up to 0\)"),
         (["sparsity.rules=[{match: lm_head, sparsity: 0.5}]"], "layer lm_head shares its weight with another module"),
         (["model.args.n_layers=3"], "has no 'n_layers'; close names: n_layer"),

@@ -74,6 +74,12 @@ def test_densify_computes_the_same_with_plain_linear_layers(rule: dict) -> None:
     torch.testing.assert_close(net.head(x), expected)
 
 
+def test_a_model_that_is_one_layer() -> None:
+    with pytest.raises(ValueError, match=r"the model is a linear layer itself .*wrap it"):
+        sparsify(nn.Linear(8, 8), [{"match": "*", "sparsity": 0.5}])
+    assert type(densify(DiagonalLinear(8, 8, sparsity=0.5))) is nn.Linear
+
+
 def test_values_are_the_scaled_dense_initialisation() -> None:
     net = Net()
     weight, bias = net.head.weight.detach().clone(), net.head.bias.detach().clone()
