@@ -72,8 +72,8 @@ def choose(call: Call, gpu: str, shared_memory: int, tf32: bool = False) -> Choi
     if not able:
         return Choice("reference", f"no kernel for {call.dtype}")
     rounded = tf32 and call.dtype == "float32"
-    measured = {} if rounded else nearest(call, table(gpu))
-    times = {k: t for k, t in measured.items() if k in able} or modelled(call, able, rounded)
+    measured = {} if rounded else {k: t for k, t in nearest(call, table(gpu)).items() if k in able}
+    times = measured or modelled(call, able, rounded)
     kernel = min(times, key=lambda k: times[k])
     listed = ", ".join(f"{k} {t:.3g} us" for k, t in sorted(times.items(), key=lambda item: item[1]))
     return Choice(kernel, f"{f'measured on {gpu}' if measured else 'modelled after an H200'}: {listed}")
@@ -85,15 +85,19 @@ def possible(call: Call, shared_memory: int) -> list[str]:
     return [kernel for kernel in KERNELS if known and not _lacks(kernel, call, shared_memory)]
 
 
+# StreamLayout<W>::bytes in csrc/cuda/band_product.h.
+STREAM_BYTES = {8: 88064, 16: 94208, 32: 110592, 64: 102400}
+
+
 def _lacks(kernel: str, call: Call, shared_memory: int) -> bool:
     """What the launchers in csrc/cuda check, too."""
     if kernel == "scalar":
         staged = call.inputs if call.op == "product" else call.longer
         return (staged + 1) * 16 + 8 * 1024 > shared_memory
     if kernel == "band":
-        blocks = 16 + (call.width // 8 + 1) // 2 * 2
-        staged = 4096 * (blocks | 1) if call.op == "product" else 110 * 1024
-        return call.width == 1 or staged > shared_memory
+        if call.width == 1:
+            return True
+        return (STREAM_BYTES[call.width] if call.op == "product" else 110 * 1024) > shared_memory
     return False
 
 

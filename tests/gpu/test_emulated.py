@@ -50,6 +50,32 @@ def test_the_order_of_threads_does_not_matter(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("kernel", "emulator")
+@pytest.mark.parametrize(
+    ("m", "n", "band", "units", "rows"),
+    [
+        (1280, 1024, 8, [8], 40),
+        (1280, 1024, 8, [24, 40, 3], 40),
+        (1280, 1024, 40, [1], 40),
+        (1024, 1280, 8, [8], 40),
+        (1280, 1024, 16, [4, 5], 40),
+        (96, 64, 8, [8], 3),
+    ],
+    ids=str,
+)
+def test_nothing_is_read_that_was_not_written(m: int, n: int, band: int, units: list[int], rows: int) -> None:
+    """New memory holds NaN; windows of these bands begin or end next to blocks that are not there."""
+    c = case(m, n, len(units), band, torch.bfloat16, (rows,))
+    c["offsets"] = torch.tensor(units, dtype=torch.int32)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new tensors
+    try:
+        results = _run(c)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(bool(result.isfinite().all()) for result in results)
+
+
 def _useful_share(counts: dict[str, int], tokens: int, c: dict[str, Any]) -> float:
     """Of the multiplications in matrix instructions: 16 x 8 x 16 or 16 x 8 x 8."""
     return tokens * c["values"].numel() / (counts["mma_k16"] * 2048 + counts["mma_k8"] * 1024)

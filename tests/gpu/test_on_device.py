@@ -15,7 +15,7 @@ from torch import Tensor
 import dst_ops
 from tests.unit.ops.oracle import case
 
-SHAPES = [(768, 768, 77, 1), (768, 3072, 10, 32), (3072, 768, 20, 16)]
+SHAPES = [(768, 768, 77, 1), (768, 3072, 10, 32), (3072, 768, 20, 16), (3072, 768, 40, 8)]
 pytestmark = pytest.mark.usefixtures("gpu", "kernel")
 
 
@@ -49,6 +49,12 @@ def test_every_output_is_written_and_the_same_twice(shape: tuple[int, int, int, 
         for got, want in zip(_step(c), expected, strict=True):
             assert torch.isfinite(got).all()
             assert torch.equal(got, want)
+
+
+def test_offsets_of_another_device_are_refused() -> None:
+    c = case(64, 64, 2, 8, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="offsets must be on the device of"):
+        torch.ops.dst_ops.dvalues(c["dy"], c["x"], c["offsets"].cpu(), 8)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

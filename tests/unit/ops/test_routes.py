@@ -102,6 +102,8 @@ def test_tf32_makes_dense_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"band": 16, "diagonals": 80, "op": "gradient"}, CONSUMER, ["scalar", "dense"]),
         ({"band": 16, "diagonals": 80}, CONSUMER, ["scalar", "band", "dense"]),
         ({"band": 64, "diagonals": 64}, CONSUMER, ["scalar", "dense"]),
+        ({"band": 32, "diagonals": 64}, CONSUMER, ["scalar", "dense"]),
+        ({"band": 8, "diagonals": 64}, CONSUMER, ["scalar", "band", "dense"]),
         ({"dtype": "float64"}, H100, []),
     ],
 )

@@ -40,7 +40,7 @@ template <typename T, int W, int M, bool Scatter>
 void launch_resident(const Tensor& x, const Packed& packed, Output& o, const BandSizes& s, const Tile& tile, const Device& device) {
   const auto kernel = band_resident<T, W, M, Scatter>;
   const int bytes = tile.bytes(s.in);
-  allow_shared(kernel, bytes);
+  allow_shared(kernel, bytes, device);
   const int64_t tiles = ceil_div(s.tokens, 16 * M * tile.token_warps), row_blocks = ceil_div(s.out, band_rows * (resident_warps / tile.token_warps));
   const int64_t wanted = std::max<int64_t>(1, many_blocks / tiles);
   launch_early(kernel, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min(row_blocks, wanted))), dim3(resident_warps * 32), bytes, device, read<T>(x), packed, bias_of<T>(o),
@@ -53,7 +53,7 @@ void launch_stream(const Tensor& x, const Packed& packed, Output& o, const BandS
   const auto kernel = band_stream<T, W, Scatter>;
   constexpr int bytes = StreamLayout<W>::bytes;
   STD_TORCH_CHECK(bytes <= device.shared_memory, "dst_ops: the band kernel takes ", bytes, " bytes of shared memory, the device has ", device.shared_memory);
-  allow_shared(kernel, bytes);
+  allow_shared(kernel, bytes, device);
   const int64_t row_blocks = ceil_div(s.out, band_rows * stream_tiles), tiles = ceil_div(s.tokens, stream_tokens);
   STD_TORCH_CHECK(row_blocks * tiles < int64_t(1) << 31, "dst_ops: ", s.tokens, " tokens are too many for a call");
   launch_early(kernel, dim3(static_cast<unsigned>(row_blocks * tiles)), dim3(stream_warps * 32), bytes, device, read<T>(x), packed, bias_of<T>(o), write<T>(o.y), before_of<T>(o), s,
@@ -107,7 +107,7 @@ Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t
       Tensor parts = torch::stable::new_empty(t.longer, {splits, int64_t(t.s.units) * t.s.band, t.s.shorter}, ScalarType::Float);
       const auto kernel = band_gradient<T, W>;
       constexpr int bytes = GradientLayout<W>::bytes;
-      allow_shared(kernel, bytes);
+      allow_shared(kernel, bytes, device);
       DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(bands), splits), dim3(gradient_warps * 32), bytes, device.stream, read<T>(t.shorter), read<T>(t.longer),
                      read<int>(offsets), write<float>(parts), t.s);
       check_launch();

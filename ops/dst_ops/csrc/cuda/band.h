@@ -212,9 +212,11 @@ __device__ __forceinline__ void start_sums(TileSums<M>& sum, const T* bias, int 
 }
 
 // Whether column blocks j and j + 1 of a tile, counted from block `first`, are met by rows of the result and lie in the input.
+// The last pair of W = 8 has one block: where only the other one lies there, band_pack has left the tile's words unwritten.
 template <int W, bool Scatter>
 __device__ __forceinline__ bool pair_counts(int j, int first, int tile, const BandSizes& s) {
-  return j - W / 8 < (s.out - tile * band_rows) / 8 && (!Scatter || meets(wrapped(first + j, s.blocks), 2, s.present_blocks, s.blocks));
+  const int count = j + 1 < 8 + W / 8 ? 2 : 1;
+  return j - W / 8 < (s.out - tile * band_rows) / 8 && (!Scatter || meets(wrapped(first + j, s.blocks), count, s.present_blocks, s.blocks));
 }
 
 // A lane's words of a pair. weights(quad): one of the tile's.

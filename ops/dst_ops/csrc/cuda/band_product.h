@@ -79,6 +79,8 @@ struct StreamLayout {
   static constexpr int weights = with_weights ? stream_tiles * band_quads<W> * 32 * 8 : 0;  // elements of 2 bytes
   static constexpr int stage = window + weights, bytes = 2 * stage * 2;
 };
+static_assert(StreamLayout<8>::bytes == 88064 && StreamLayout<16>::bytes == 94208 && StreamLayout<32>::bytes == 110592 && StreamLayout<64>::bytes == 102400,
+              "routes.py chooses by these");
 
 // Copies a window of x, from column block `first` on. A warp takes the rows of 16 tokens, eight lanes a line of 128 bytes of one.
 template <typename T, int W>

@@ -27,6 +27,7 @@ Tensor weight(const Tensor& values, const Tensor& offsets, int64_t out_features,
 
 Tensor diagonals(const Tensor& matrix, const Tensor& offsets, int64_t band) {
   STD_TORCH_CHECK(matrix.dim() == 2 && matrix.scalar_type() == ScalarType::Float, "dst_ops: the matrix must be float32 of two dimensions");
+  STD_TORCH_CHECK(offsets.device() == matrix.device(), "dst_ops: offsets must be on the device of the matrix");
   const Sizes s = sizes(0, matrix.size(1), matrix.size(0), offsets, band);
   const Device device(matrix);
   const Tensor whole = torch::stable::contiguous(matrix);

@@ -33,7 +33,7 @@ struct Device {
   int shared_memory = emulator_shared_memory();
 };
 template <typename K>
-void allow_shared(K, int) {}
+void allow_shared(K, int, const Device&) {}
 template <typename... P, typename... A>
 void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int bytes, const Device& device, const A&... arguments) {
   DST_OPS_LAUNCH(kernel, grid, block, bytes, device.stream, arguments...);
@@ -68,10 +68,11 @@ void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int bytes, const 
   config.attrs = &early, config.numAttrs = device.major >= 9 ? 1 : 0;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
 }
-// More than 48 KiB must be asked for, for each kernel and device.
+// More than 48 KiB must be asked for, for each kernel and device: always all that there is, as another thread may be about to launch
+// the same kernel with more than this call needs.
 template <typename K>
-void allow_shared(K kernel, int bytes) {
-  if (bytes > 48 * 1024) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+void allow_shared(K kernel, int bytes, const Device& device) {
+  if (bytes > 48 * 1024) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory));
 }
 inline void check_launch() { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
 #endif

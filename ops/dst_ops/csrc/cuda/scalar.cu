@@ -12,7 +12,7 @@ template <typename T, int Groups>
 void launch_product(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, const Device& device) {
   const auto kernel = scatter ? scalar_product<T, Groups, true> : scalar_product<T, Groups, false>;
   const int bytes = ScalarLayout(s.in, Groups).bytes();
-  allow_shared(kernel, bytes);
+  allow_shared(kernel, bytes, device);
   const int64_t tiles = ceil_div(s.tokens, Groups * pack_size<T>);
   // A block goes over all rows, so that x is staged once, but where that would leave few blocks.
   const int64_t row_blocks = ceil_div(s.out, 256), wanted = std::max<int64_t>(1, many_blocks / tiles);
@@ -25,8 +25,8 @@ template <typename T, int Tokens>
 void launch_few(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, const Device& device) {
   const auto kernel = scatter ? scalar_few<T, Tokens, true> : scalar_few<T, Tokens, false>;
   const int bytes = few_bytes<T, Tokens>(s.in);
-  allow_shared(kernel, bytes);
-  DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(ceil_div(s.tokens, Tokens)), static_cast<unsigned>(ceil_div(s.out, 32))), dim3(32, few_slices), bytes, device.stream, read<T>(x),
+  allow_shared(kernel, bytes, device);
+  DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(ceil_div(s.out, 32)), static_cast<unsigned>(ceil_div(s.tokens, Tokens))), dim3(32, few_slices), bytes, device.stream, read<T>(x),
                  read<T>(values), read<int>(offsets), bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, o.gelu);
   check_launch();
 }
@@ -78,7 +78,7 @@ Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t
     const int64_t columns = ceil_div(t.s.shorter, scalar_gradient_threads), rows = ceil_div(diagonals, scalar_gradient_diagonals<T>);
     const int splits = splits_of(t.s.tokens, columns * rows, 128);
     Tensor parts = torch::stable::new_empty(t.longer, {splits, diagonals, t.s.shorter}, ScalarType::Float);
-    allow_shared(scalar_gradient<T>, bytes);
+    allow_shared(scalar_gradient<T>, bytes, device);
     DST_OPS_LAUNCH(scalar_gradient<T>, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(rows), splits), dim3(scalar_gradient_threads), bytes, device.stream,
                    read<T>(t.shorter), read<T>(t.longer), read<int>(offsets), write<float>(parts), t.s);
     check_launch();

@@ -177,15 +177,15 @@ __device__ __forceinline__ void stage_rows(T* to, const T* x, int64_t first_toke
 }
 
 // Few tokens: the weights are what there is to read, and threads ask for many of theirs at once, before they need x.
-// grid: tiles of tokens, blocks of 32 rows. block: 32 rows x slices of the diagonals, whose sums are added in order.
+// grid: blocks of 32 rows, tiles of tokens. block: 32 rows x slices of the diagonals, whose sums are added in order.
 template <typename T, int Tokens, bool Scatter>
 __global__ void __launch_bounds__(32 * few_slices, 2)
 scalar_few(const T* __restrict__ x, const T* __restrict__ values, const int* __restrict__ offsets, const T* __restrict__ bias, T* __restrict__ y,
            T* __restrict__ before, Sizes s, bool with_gelu) {
   DST_OPS_SHARED(memory);
   T* xs = reinterpret_cast<T*>(memory);
-  const int lane = threadIdx.x, slice = threadIdx.y, row = blockIdx.y * 32 + lane, diagonals = s.units * s.band, pitch = few_pitch<T>(s.in);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Tokens;
+  const int lane = threadIdx.x, slice = threadIdx.y, row = blockIdx.x * 32 + lane, diagonals = s.units * s.band, pitch = few_pitch<T>(s.in);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.y) * Tokens;
   float sum[Tokens] = {};
   for (int k0 = slice; k0 - slice < diagonals; k0 += few_slices * few_batch) {  // as often in every slice
     const int mine = k0 + lane % few_batch * few_slices;
