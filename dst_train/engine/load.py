@@ -9,7 +9,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import nn
 
 from dst_train import models
-from dst_train.engine.build import sparsify_by
+from dst_train.engine.build import sparsify_by, topology_of
 from dst_train.engine.checkpoint import CheckpointError, search
 from dst_train.job import BatchPlan, Job
 from dst_train.job.schema import Model, TimmModel
@@ -42,9 +42,9 @@ def load_model(run_directory: str | Path) -> nn.Module:
             "module"
         ]
     model.load_state_dict(state)
-    temperature, last_step = job.topology.temperature, int(job.topology.update.until * plan.total_steps)
+    settings = topology_of(job, plan, model).settings
     for layer in sparse_layers(model).values():  # a function of the step, and no part of the state
-        layer.temperature = policy.temperature(temperature.start, temperature.end, found.step + 1, last_step)
+        layer.temperature = policy.temperature(*settings.temperature, found.step + 1, settings.last_step)
     return model.eval()
 
 

@@ -101,9 +101,9 @@ def sparsify(
 
     Raises:
         ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
-            divide a layer or does not belong to the pattern, a model that is a linear layer, a weight that two modules share, sparsity outside [0, 1),
-            explore below 1, an unknown gate, a rank above a layer's size, a gate or rank for a layer that is not diagonal, or
-            `sdgp` under another budget than `uniform`.
+            divide a layer or does not belong to the pattern, a model that is a linear layer, a weight that two modules share,
+            sparsity outside [0, 1), explore below 1, an unknown gate, a rank above a layer's size, a gate or rank for a layer
+            that is not diagonal, or `sdgp` under another budget than `uniform`.
     """
     parsed = [_parse(rule) for rule in rules]
     dense = _replaceable(model)

@@ -199,7 +199,7 @@ class Topology:
     def _prepare(self) -> None:
         """What the coming step needs: the soft gate's temperature, and measuring when it is an update step."""
         coming = self.steps + 1
-        if self._method is not None and coming % self.settings.every == 0 and coming < self.settings.last_step:
+        if coming in self.update_steps:
             self._due = True
         self._signal.stop()
         if self._due and self._measures:
@@ -261,8 +261,7 @@ class Topology:
     def _change(self, index: int, layer: SparseLayer, fraction: float) -> Change:
         assert self._method is not None
         start, final = layer.num_start // layer.num_groups, layer.num_final // layer.num_groups
-        every = self.settings.every  # the next one comes at a multiple, also when skipped steps have delayed this one
-        last = (self.steps // every + 1) * every >= self.settings.last_step
+        last = self.steps >= self.update_steps[-1]  # skipped steps may have delayed it
         if self._soft:
             grow, keep = 0, final if last else layer.num_active
         else:
