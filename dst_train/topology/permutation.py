@@ -35,7 +35,7 @@ def weakest(
 ) -> dict[str, Weakest]:
     """Of each layer the SHARE * drop_fraction of the positions with the smallest sum of |value|; equal ones in order.
 
-    Collective: one all-reduce for all layers.
+    Two where it would be one, which could only keep its input. Collective: one all-reduce for all layers.
     """
     if not layers:
         return {}
@@ -43,7 +43,8 @@ def weakest(
     whole = ranks.sum_(torch.cat(shares, 1)).cpu().split([layer.in_features for layer in layers.values()], 1)
     result = {}
     for (name, layer), sums in zip(layers.items(), whole, strict=True):
-        count = round(SHARE * drop_fraction * layer.in_features)
+        share = round(SHARE * drop_fraction * layer.in_features)
+        count = 2 if share == 1 else share
         positions = sums[1].sort(stable=True).indices[:count].sort().values
         result[name] = Weakest(positions, float(sums[2].sum()) / (layer.num_active * layer.unit_entries))
     return result

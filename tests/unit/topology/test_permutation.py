@@ -106,6 +106,15 @@ def test_the_weakest_positions_and_their_reordering_by_hand() -> None:
     assert all(torch.equal(state[key][:, others], old[:, others]) for key, old in before.items())
 
 
+@pytest.mark.parametrize(("drop_fraction", "count"), [(0.0, 0), (0.1, 0), (0.3, 2), (0.6, 2), (1.0, 3)])
+def test_a_single_position_is_never_chosen(drop_fraction: float, count: int) -> None:
+    """It could only keep its input: an order that is to be learned would never change."""
+    layer = DiagonalLinear(30, 30, sparsity=0.9, permute=True)
+    editor = editor_for(torch.optim.AdamW(layer.parameters()))
+    (chosen,) = weakest({"": layer}, drop_fraction, editor, Ranks()).values()
+    assert len(chosen.positions) == count
+
+
 def test_free_slots_stay_zero() -> None:
     layer = DiagonalLinear(20, 20, sparsity=0.9, explore=2.0, permute=True)
     layer.replace(layer.units()[:2], torch.tensor([], dtype=torch.int64))
