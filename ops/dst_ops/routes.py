@@ -85,8 +85,9 @@ def possible(call: Call, shared_memory: int) -> list[str]:
     return [kernel for kernel in KERNELS if known and not _lacks(kernel, call, shared_memory)]
 
 
-# StreamLayout<W>::bytes in csrc/cuda/band_product.h.
-STREAM_BYTES = {8: 88064, 16: 94208, 32: 110592, 64: 102400}
+# StreamLayout<W>::bytes and GradientLayout<W>::bytes in csrc/cuda.
+STREAM_BYTES = {8: 108544, 16: 114688, 32: 106496, 64: 98304}
+GRADIENT_BYTES = {8: 114720, 16: 114720, 32: 114720, 64: 73760}
 
 
 def _lacks(kernel: str, call: Call, shared_memory: int) -> bool:
@@ -97,34 +98,34 @@ def _lacks(kernel: str, call: Call, shared_memory: int) -> bool:
     if kernel == "band":
         if call.width == 1:
             return True
-        return (STREAM_BYTES[call.width] if call.op == "product" else 110 * 1024) > shared_memory
+        return (STREAM_BYTES if call.op == "product" else GRADIENT_BYTES)[call.width] > shared_memory
     return False
 
 
 # Microseconds: for a call, for 10^9 operations, for a MB (10^6 bytes) of x and y, for a MB of weights. By op, kernel, and dtype,
-# width, or whether there are few tokens. Least squares of the relative errors over the 1,871 calls that `dst_ops.tune` measured
-# on an H200 (benchmarks/results/table-NVIDIA_H200.json). There its choice takes 1.05 times as long as the best one (geometric
+# width, or whether there are few tokens. Least squares of the relative errors over the 1,872 calls that `dst_ops.tune` measured
+# on an H200 (benchmarks/results/table-NVIDIA_H200.json). There its choice takes 1.03 times as long as the best one (geometric
 # mean). scalar gradients: for 10^6 numbers that are staged, instead of MB of x and y.
 HALF, FLOAT = "half", "float32"
 COSTS: dict[tuple[str, str, str | int], tuple[float, float, float, float]] = {
-    ("product", "scalar", "few half"): (3.94, 183, 3.32, 0.985),
-    ("product", "scalar", "few float32"): (3.76, 280, 4.42, 0.498),
-    ("product", "scalar", HALF): (7.97, 106, 0.201, 10.3),
-    ("product", "scalar", FLOAT): (5.26, 158, 0.201, 8.93),
-    ("product", "band", 8): (6.57, 22.4, 0.182, 19.2),
-    ("product", "band", 16): (5.75, 12.2, 0.173, 10.8),
-    ("product", "band", 32): (6.43, 8.20, 0.134, 6.56),
-    ("product", "band", 64): (7.63, 8.02, 0.0766, 5.72),
-    ("product", "dense", HALF): (7.57, 1.01, 0.129, 1.30),
-    ("product", "dense", FLOAT): (7.79, 18.3, 1.07, 0.811),
-    ("gradient", "scalar", HALF): (14.9, 99.3, 1.57, 0.0),
-    ("gradient", "scalar", FLOAT): (9.21, 166, 1.30, 0.0),
-    ("gradient", "band", 8): (4.00, 25.8, 0.371, 0.0),
-    ("gradient", "band", 16): (5.12, 15.5, 0.219, 0.0),
-    ("gradient", "band", 32): (7.58, 10.3, 0.160, 0.0),
-    ("gradient", "band", 64): (6.78, 6.88, 0.0995, 0.0),
-    ("gradient", "dense", HALF): (4.04, 1.10, 0.104, 1.10),
-    ("gradient", "dense", FLOAT): (3.94, 18.5, 0.776, 0.829),
+    ("product", "scalar", "few half"): (2.98, 92.3, 2.42, 0.528),
+    ("product", "scalar", "few float32"): (2.75, 211, 2.99, 0.302),
+    ("product", "scalar", HALF): (5.61, 111, 0.0, 9.86),
+    ("product", "scalar", FLOAT): (4.41, 163, 0.0955, 7.19),
+    ("product", "band", 8): (6.64, 18.7, 0.140, 25.6),
+    ("product", "band", 16): (6.00, 9.68, 0.145, 12.6),
+    ("product", "band", 32): (6.78, 6.34, 0.126, 7.19),
+    ("product", "band", 64): (8.02, 6.58, 0.0914, 6.42),
+    ("product", "dense", HALF): (7.92, 1.05, 0.110, 1.23),
+    ("product", "dense", FLOAT): (8.58, 18.0, 1.08, 0.861),
+    ("gradient", "scalar", HALF): (13.2, 169, 0.501, 0.0),
+    ("gradient", "scalar", FLOAT): (10.8, 166, 0.423, 0.0),
+    ("gradient", "band", 8): (4.42, 20.9, 0.232, 0.0),
+    ("gradient", "band", 16): (5.60, 12.2, 0.185, 0.0),
+    ("gradient", "band", 32): (7.87, 7.45, 0.144, 0.0),
+    ("gradient", "band", 64): (7.09, 5.59, 0.0982, 0.0),
+    ("gradient", "dense", HALF): (4.26, 1.11, 0.110, 1.08),
+    ("gradient", "dense", FLOAT): (4.24, 18.3, 0.842, 0.809),
 }
 TF32 = 51 / 380  # operations of a dense float32 product, in time, where it may round its factors
 FEW_TOKENS = 32  # as in csrc/cuda/scalar.cu

@@ -13,9 +13,9 @@ __global__ void run_intrinsics(const T* a, const T* b, uint32_t* out) {
   T* as = reinterpret_cast<T*>(memory);
   T* bs = as + 16 * 16;
   const int lane = threadIdx.x;
-  copy_async(as + lane * 8, a + lane * 8, true);
+  copy_async<true>(shared_address(as + lane * 8), a + lane * 8, true);
   copies_commit();
-  copy_async(bs + lane * 8, b + (lane < 16 ? lane * 8 : 0), lane < 16);  // zeros behind b
+  copy_async<false>(shared_address(bs + lane * 8), b + (lane < 16 ? lane * 8 : 0), lane < 16);  // zeros behind b
   copies_commit();
   copies_wait<1>();
   copies_wait<0>();

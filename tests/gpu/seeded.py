@@ -53,17 +53,29 @@ def _dense(m: int, n: int, units: int, band: int, dtype: torch.dtype) -> bool:
     )
 
 
-# Few tokens: slices of the diagonals. More than 96 diagonals: a warp's list is still written to in its last round.
+# More than 96 diagonals: a warp's list is still written to in its last round.
 CHECKS: dict[str, list[Callable[[], bool]]] = {
     "scalar_product": [
         partial(_product, "scalar", *case)
         for case in (
             (120, 90, 110, 1, 40, FLOAT),
             (90, 120, 110, 1, 40, BF16),
-            (70, 40, 24, 1, 3, HALF),
-            (40, 72, 6, 4, 3, FLOAT),
         )
     ],
+    # Warps of a block share the diagonals of 32, 64 or 128 rows. Weights that can be copied 16 bytes at a time, and others.
+    "scalar_few": [
+        partial(_product, "scalar", *case)
+        for case in (
+            (70, 40, 24, 1, 3, HALF),
+            (40, 72, 6, 4, 3, FLOAT),
+            (64, 48, 40, 1, 1, BF16),
+            (48, 64, 40, 1, 9, BF16),
+            (2048, 24, 6, 1, 30, BF16),
+            (4096, 24, 8, 8, 25, HALF),
+        )
+    ],
+    # So many diagonals that a warp fetches weights into places it has read, and lists diagonals more than once.
+    "scalar_few_long": [partial(_product, "scalar", 1032, 1032, 1030, 1, 1, BF16)],
     "scalar_gradient": [
         partial(_gradient, "scalar", *case) for case in ((70, 40, 30, 1, 20, FLOAT), (40, 70, 30, 1, 21, BF16))
     ],
@@ -74,13 +86,32 @@ CHECKS: dict[str, list[Callable[[], bool]]] = {
         for case in ((96, 64, 3, 8), (64, 96, 3, 16), (192, 128, 2, 32), (64, 192, 2, 64))
     ],
     # So many features that a tile of tokens does not fit: the other kernel. Several bands, so that windows follow each other;
-    # more than 32, of which a warp's lanes know one each at a time.
+    # more than 32, of which a warp's lanes know one each at a time. 130 tokens: also windows that are there as a whole.
     "band_stream": [
-        partial(_product, "band", *case, 40, BF16)
-        for case in ((128, 1024, 4, 8), (1024, 1032, 5, 24), (1088, 1024, 4, 64), (64, 1024, 40, 8))
+        partial(_product, "band", *case, BF16)
+        for case in (
+            (128, 1024, 4, 8, 40),
+            (1024, 1032, 5, 24, 40),
+            (1088, 1024, 4, 64, 40),
+            (64, 1024, 40, 8, 40),
+            (128, 1024, 3, 8, 130),
+            (128, 1024, 3, 16, 130),
+            (192, 1024, 4, 32, 130),
+            (128, 1024, 2, 64, 130),
+        )
     ],
+    # From 256 positions on, also parts that are there as a whole.
     "band_gradient": [
-        partial(_gradient, "band", *case, 100, BF16) for case in ((96, 64, 3, 8), (64, 96, 3, 16), (192, 128, 2, 64))
+        partial(_gradient, "band", *case, 100, BF16)
+        for case in (
+            (96, 64, 3, 8),
+            (64, 96, 3, 16),
+            (192, 128, 2, 64),
+            (512, 320, 3, 8),
+            (320, 512, 2, 16),
+            (512, 256, 3, 32),
+            (256, 512, 2, 64),
+        )
     ],
     "band_splits": [partial(_gradient, "band", 64, 96, 3, 8, 520, HALF)],
     "dense": [partial(_dense, *case) for case in ((70, 40, 30, 1, BF16), (40, 72, 5, 8, FLOAT))],

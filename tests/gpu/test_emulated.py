@@ -125,6 +125,16 @@ def test_shared_memory_is_read_without_bank_conflicts(
     assert counts["shared_waves"] <= ends * counts["shared_loads"]
 
 
+@pytest.mark.parametrize("kernel", ["band"], indirect=True)
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
+def test_windows_are_read_without_bank_conflicts(width: int, kernel: str, emulator: Emulator) -> None:
+    """So many features that blocks stream windows; several bands, which begin in different places of a line."""
+    c = case(256, 1024, 3, width, torch.bfloat16, (64,))
+    for call in (_product, _gradient):
+        counts = _counts(emulator, call, c)
+        assert counts["shared_waves"] == counts["shared_loads"] > 0
+
+
 @pytest.mark.usefixtures("emulator", "kernel")
 @pytest.mark.parametrize("numbers", [[0, 8], [0, -1]], ids=str)
 def test_a_wrong_number_in_offsets_stops_the_kernels(numbers: list[int]) -> None:

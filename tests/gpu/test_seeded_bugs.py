@@ -108,17 +108,37 @@ BUGS = [
     _bug(
         "no __syncwarp before the list is read",
         "scalar_product", DIFFERS, "scalar.h",
-        "row - lane, s);\n      __syncwarp();", "row - lane, s);",
+        "{k, first}; });\n      __syncwarp();", "{k, first}; });",
     ),
     _bug(
-        "no barrier after rows are staged",
-        "scalar_product", DIFFERS, "scalar.h",
-        "first_token, pitch, s);\n      __syncthreads();", "first_token, pitch, s);",
+        "no barrier after a pack is staged",
+        "scalar_few", DIFFERS, "scalar.h",
+        "s.in, 1);\n  }\n  __syncthreads();", "s.in, 1);\n  }",
     ),
     _bug(
-        "sums written over rows that are still read",
-        "scalar_product", DIFFERS, "scalar.h",
-        "  __syncthreads();\n  float* sums", "  float* sums",
+        "no __syncwarp before the list says what to fetch",
+        "scalar_few", DIFFERS, "scalar.h",
+        "    __syncwarp();\n    if (Scatter) fetch_first();", "    if (Scatter) fetch_first();",
+    ),
+    _bug(
+        "one stage's wait too few, few tokens",
+        "scalar_few", DIFFERS, "scalar.h",
+        "copies_wait<few_stages - 1>();", "copies_wait<few_stages>();",
+    ),
+    _bug(
+        "weights fetched over those that other lanes read",
+        "scalar_few_long", DIFFERS, "scalar.h",
+        "      __syncwarp();\n      fetch(stage", "      fetch(stage",
+    ),
+    _bug(
+        "diagonals beyond a warp's first list left out",
+        "scalar_few_long", DIFFERS, "scalar.h",
+        "    begin += few_list;", "    begin += diagonals;",
+    ),
+    _bug(
+        "no barrier before slices are added",
+        "scalar_few", DIFFERS, "scalar.h",
+        "sum[e];\n  __syncthreads();", "sum[e];",
     ),
     _bug(
         "a barrier that part of the block meets",
@@ -140,6 +160,21 @@ BUGS = [
         "indices beyond the end not wrapped",
         "band_resident", DIFFERS, "geometry.h",
         "return i >= n ? i - n : i;", "return i;",
+    ),
+    _bug(
+        "a line's half where the whole ones are",
+        "band_stream", DIFFERS, "band_product.h",
+        "return is_half(line, before) ? half(token) : whole", "return whole",
+    ),
+    _bug(
+        "a window's line one too early",
+        "band_stream", DIFFERS, "band.h",
+        "j >= 8 || (j >= 4 && before != 0)", "j >= 8 || j >= 4",
+    ),
+    _bug(
+        "a gradient's window not wrapped",
+        "band_gradient", DIFFERS, "band_gradient.h",
+        "      if (at >= s.longer) at -= s.longer;\n      while (!Whole && at >= s.longer) at -= s.longer;", "",
     ),
     _bug(
         "window not wrapped",

@@ -40,6 +40,8 @@ inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a),
 inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
 
 #define __global__
@@ -220,14 +222,16 @@ inline void make_copy(const emulator::Copy& c) {
   if (c.present) memcpy(c.to, c.from, 16);
   else memset(c.to, 0, 16);
 }
-inline void copy_async(void* shared, const void* global, bool present) {
+template <bool Lines>
+void copy_async(SharedAddress to, const void* global, bool present) {
+  void* shared = reinterpret_cast<void*>(to);
   emulator::check_shared(shared, 16, "copy_async: not 16 aligned bytes of shared memory");
   if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("copy_async: a global address that is not aligned");
   const emulator::Copy copy{shared, global, present};
   if (emulator::state.order == 2) make_copy(copy);
   else emulator::current->copies.back().push_back(copy);
 }
-inline int thread_again() { return int(threadIdx.x); }
+inline unsigned thread_again() { return threadIdx.x; }
 // One kernel runs at a time.
 inline void let_next_begin() {}
 inline void await_previous() {}

@@ -38,7 +38,7 @@ def _no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     [
         # Tensor cores take any offsets faster as a dense matrix, and wide or few bands faster still.
         ({}, "dense"),
-        ({"band": 16, "diagonals": 80}, "dense"),
+        ({"band": 8, "diagonals": 80}, "dense"),
         ({"band": 16, "diagonals": 32}, "band"),
         ({"band": 32, "diagonals": 64}, "band"),
         ({"band": 32, "diagonals": 64, "op": "gradient"}, "band"),
@@ -47,15 +47,15 @@ def _no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         ({"tokens": 8, "inputs": 4096, "outputs": 4096, "diagonals": 410}, "scalar"),
         ({"tokens": 1, "inputs": 4096, "outputs": 4096, "diagonals": 205}, "scalar"),
         ({"tokens": 8192, "inputs": 4096, "outputs": 4096, "diagonals": 410}, "dense"),
-        # Streaming windows of 16 columns through the L2 cache is slower than dense, windows of 32 are not.
-        ({"tokens": 8192, "inputs": 4096, "outputs": 4096, "diagonals": 416, "band": 16}, "dense"),
-        ({"tokens": 8192, "inputs": 4096, "outputs": 4096, "diagonals": 416, "band": 32}, "band"),
+        # Streaming windows of 8 columns through the L2 cache is slower than dense, windows of 16 are not.
+        ({"tokens": 8192, "inputs": 4096, "outputs": 4096, "diagonals": 416, "band": 8}, "dense"),
+        ({"tokens": 8192, "inputs": 4096, "outputs": 4096, "diagonals": 416, "band": 16}, "band"),
         # No tensor cores for fp32 unless TF32 is allowed.
         ({"dtype": "float32"}, "scalar"),
         ({"dtype": "float32", "diagonals": 700}, "dense"),
         ({"dtype": "float64"}, "reference"),
-        # 1 % is left: single diagonals still have to read and write what dense does.
-        ({"diagonals": 8}, "dense"),
+        # 2 % are left: single diagonals still have to read and write what dense does.
+        ({"diagonals": 15}, "dense"),
     ],
 )
 def test_the_model_chooses(changes: dict[str, object], kernel: str) -> None:
@@ -65,15 +65,15 @@ def test_the_model_chooses(changes: dict[str, object], kernel: str) -> None:
 
 
 def test_the_model_is_that_of_the_measured_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an H200 was measured, its choice takes 1.05 times as long as the quickest kernel, which docs/op_cuda.md says."""
+    """Where an H200 was measured, its choice takes 1.03 times as long as the quickest kernel, which docs/op_cuda.md says."""
     results = Path(__file__).parents[3] / "benchmarks" / "results"
     monkeypatch.setenv("DST_OPS_TABLE", str(results / "table-NVIDIA_H200.json"))
     losses = []
     for call, times in routes.table("NVIDIA H200"):
         estimated = routes.modelled(call, list(times))
         losses.append(times[min(estimated, key=estimated.__getitem__)] / min(times.values()))
-    assert len(losses) == 1871
-    assert statistics.geometric_mean(losses) == pytest.approx(1.05, abs=0.005)
+    assert len(losses) == 1872
+    assert statistics.geometric_mean(losses) == pytest.approx(1.03, abs=0.005)
 
 
 def test_tf32_makes_dense_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,10 +100,11 @@ def test_tf32_makes_dense_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"inputs": 11008, "band": 16, "diagonals": 1104}, A100, ["band", "dense"]),
         ({"inputs": 11008}, A100, ["dense"]),
         ({"band": 16, "diagonals": 80, "op": "gradient"}, CONSUMER, ["scalar", "dense"]),
-        ({"band": 16, "diagonals": 80}, CONSUMER, ["scalar", "band", "dense"]),
-        ({"band": 64, "diagonals": 64}, CONSUMER, ["scalar", "dense"]),
+        ({"band": 16, "diagonals": 80}, CONSUMER, ["scalar", "dense"]),
+        ({"band": 64, "diagonals": 64}, CONSUMER, ["scalar", "band", "dense"]),
+        ({"band": 64, "diagonals": 64, "op": "gradient"}, CONSUMER, ["scalar", "band", "dense"]),
         ({"band": 32, "diagonals": 64}, CONSUMER, ["scalar", "dense"]),
-        ({"band": 8, "diagonals": 64}, CONSUMER, ["scalar", "band", "dense"]),
+        ({"band": 8, "diagonals": 64}, CONSUMER, ["scalar", "dense"]),
         ({"dtype": "float64"}, H100, []),
     ],
 )

@@ -20,6 +20,10 @@ void check_band(const Tensor& x, const Sizes& s) {
   STD_TORCH_CHECK(s.band % 8 == 0 && s.shorter % 8 == 0, "dst_ops: the band kernels take bands and feature counts that are multiples of 8");
 }
 
+void check_shared(int bytes, const Device& device) {
+  STD_TORCH_CHECK(bytes <= device.shared_memory, "dst_ops: the band kernel takes ", bytes, " bytes of shared memory, the device has ", device.shared_memory);
+}
+
 // Tokens of a block where they lie in shared memory with all their features: 16 * m * token_warps; 0: stream them.
 struct Tile {
   int m, token_warps;
@@ -52,7 +56,7 @@ template <typename T, int W, bool Scatter>
 void launch_stream(const Tensor& x, const Packed& packed, Output& o, const BandSizes& s, const Device& device) {
   const auto kernel = band_stream<T, W, Scatter>;
   constexpr int bytes = StreamLayout<W>::bytes;
-  STD_TORCH_CHECK(bytes <= device.shared_memory, "dst_ops: the band kernel takes ", bytes, " bytes of shared memory, the device has ", device.shared_memory);
+  check_shared(bytes, device);
   allow_shared(kernel, bytes, device);
   const int64_t row_blocks = ceil_div(s.out, band_rows * stream_tiles), tiles = ceil_div(s.tokens, stream_tokens);
   STD_TORCH_CHECK(row_blocks * tiles < int64_t(1) << 31, "dst_ops: ", s.tokens, " tokens are too many for a call");
@@ -107,6 +111,7 @@ Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t
       Tensor parts = torch::stable::new_empty(t.longer, {splits, int64_t(t.s.units) * t.s.band, t.s.shorter}, ScalarType::Float);
       const auto kernel = band_gradient<T, W>;
       constexpr int bytes = GradientLayout<W>::bytes;
+      check_shared(bytes, device);
       allow_shared(kernel, bytes, device);
       DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(bands), splits), dim3(gradient_warps * 32), bytes, device.stream, read<T>(t.shorter), read<T>(t.longer),
                      read<int>(offsets), write<float>(parts), t.s);

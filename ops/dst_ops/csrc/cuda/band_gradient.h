@@ -15,57 +15,63 @@ constexpr int gradient_columns = gradient_warps * 32;  // positions l of a block
 template <int W>
 constexpr int gradient_bands = W == 64 ? 1 : 2;
 
-// Elements from a row of shared memory to the next: an odd number of 16-byte pieces, see band_pitch.
+// A stage in shared memory, see piece_bytes: four lines of each of the shorter side's rows, five of each window's. Sizes in bytes.
 template <int W>
 struct GradientLayout {
-  static constexpr int window = gradient_columns + W;
+  static constexpr int window = gradient_columns / 8 + W / 8;  // column blocks
   static constexpr int pairs = (W / 8 + 5) / 2;  // of blocks that a warp reads; for W = 8 one block more than the window has
-  static constexpr int short_pitch = (gradient_columns / 8 | 1) * 8, long_pitch = ((gradient_columns / 8 - 4 + 2 * pairs) | 1) * 8;
-  static constexpr int stage = gradient_tokens * (short_pitch + gradient_bands<W> * long_pitch);
-  static constexpr int sums = gradient_warps * gradient_bands<W> * W * 33 * 4;  // bytes; reuses the stages' memory
-  static constexpr int bytes = 2 * stage * 2 > sums ? 2 * stage * 2 : sums;
+  static constexpr int short_row = 4 * 128, long_row = 5 * 128, shorts = gradient_tokens * short_row, longs = gradient_tokens * long_row;
+  static constexpr int stage = shorts + gradient_bands<W> * longs;
+  static constexpr int sums = gradient_warps * gradient_bands<W> * W * 33 * 4;  // reuses the stages' memory
+  static constexpr int block = 2 * stage, bytes = block + 32;
+  static_assert(bytes >= sums);
+};
+static_assert(GradientLayout<8>::bytes == 114720 && GradientLayout<16>::bytes == 114720 && GradientLayout<32>::bytes == 114720 && GradientLayout<64>::bytes == 73760,
+              "routes.py chooses by these");
+
+// What a block computes, in shared memory, since the sums leave hardly a register: where its tokens begin, their number; of each band
+// the first diagonal, -1 if there is none.
+template <typename T>
+struct GradientBlock {
+  const T *shorter, *longer;
+  int tokens, start[2];
 };
 
-// Copies 32 tokens' columns [l0, l0 + 256) of the shorter side and the bands' windows of the longer one, eight lanes a line of 128
-// bytes: see stage_window. A warp takes 4 tokens of each; what a window has beyond four lines is shared out at the end.
-template <typename T, int W>
-__device__ __forceinline__ void stage_gradient(T* to, const T* shorter, const T* longer, const int* start, int64_t token, int64_t end, int l0, const Sizes& s) {
+// Copies columns [l0, l0 + 256) of 32 tokens of the shorter side, from `first` on, and the bands' windows of the longer one, eight lanes
+// a line. `left` tokens are there. Whole: all tokens and columns are, and no window goes round more than once.
+template <typename T, int W, bool Whole>
+__device__ __forceinline__ void stage_gradient(SharedAddress to, const GradientBlock<T>& block, int first, int left, int l0, const Sizes& s) {
   using Layout = GradientLayout<W>;
-  constexpr int each = gradient_tokens / gradient_warps;
-  static_assert(gradient_columns == 32 * 8 && gradient_tokens * 8 == gradient_warps * 32 && Layout::window / 8 + 8 - (W < 64 ? W / 8 : 8) <= 40);
-  const int column = threadIdx.x % 32 * 8, first = threadIdx.x / 32 * each;
-  const int left = static_cast<int>(end - token < gradient_tokens ? end - token : gradient_tokens);  // rows that are there
-  const bool inside = l0 + column < s.shorter;
-  const T* from = shorter + token * s.shorter + l0 + column;
+  static_assert(gradient_columns == 32 * 8 && gradient_tokens == gradient_warps * 4 && Layout::window + 8 - (W < 64 ? W / 8 : 8) <= 40);
+  // A warp takes 4 tokens; windows' fifth lines are shared out by eight threads.
+  const unsigned thread = thread_again(), slot = thread % 32, row = thread / 8, piece = thread % 8;
+  const int token = thread / 32 * 4;
+  const unsigned at = slot / 8 * 128 + (slot % 8 ^ token % 8u) * 16;
+  const T* from = block.shorter + (static_cast<int64_t>(first + token) * s.shorter + l0 + static_cast<int>(slot) * 8);
+  const bool inside = Whole || l0 + static_cast<int>(slot) * 8 < s.shorter;
+  SharedAddress line = to + token * Layout::short_row + at;
 #pragma unroll
-  for (int i = 0; i < each; ++i) {
-    const bool present = inside && first + i < left;
-    copy_async(to + (first + i) * Layout::short_pitch + column, present ? from + static_cast<int64_t>(first + i) * s.shorter : shorter, present);
-  }
-  to += gradient_tokens * Layout::short_pitch;
+  for (int i = 0; i < 4; ++i) copy_async<true>((line ^ i * 16u) + i * Layout::short_row, from + i * s.shorter, Whole || (inside && token + i < left));
+  to += Layout::shorts;
 #pragma unroll
-  for (int b = 0; b < gradient_bands<W>; ++b, to += gradient_tokens * Layout::long_pitch) {
-    if (start[b] < 0) continue;
-    const int before = start[b] % 64;  // l0 is a multiple of 64
-    // Counted from the window's first column; l0 < P, start < P; the window may go round more than once where P is small.
-    const auto position = [&](int column) {
-      int at = l0 + start[b] + column;
-      while (at >= s.longer) at -= s.longer;
+  for (int b = 0; b < gradient_bands<W>; ++b, to += Layout::longs) {
+    const int column = block.start[b];
+    if (column < 0) continue;
+    const unsigned before = column / 8u % 8;  // l0 is a multiple of 64
+    const auto position = [&](unsigned slot) {
+      int at = l0 + column + static_cast<int>((slot - before) * 8);
+      if (at >= s.longer) at -= s.longer;
+      while (!Whole && at >= s.longer) at -= s.longer;  // more than once around where there are few features
       return at;
     };
-    if (column >= before) {
-      const T* from = longer + token * s.longer + position(column - before);
+    if (W == 64 || slot >= before) {
+      from = block.longer + (static_cast<int64_t>(first + token) * s.longer + position(slot));
+      line = to + token * Layout::long_row + at;
 #pragma unroll
-      for (int i = 0; i < each; ++i) {
-        const bool present = first + i < left;
-        copy_async(to + (first + i) * Layout::long_pitch + column - before, present ? from + static_cast<int64_t>(first + i) * s.longer : longer, present);
-      }
+      for (int i = 0; i < 4; ++i) copy_async<true>((line ^ i * 16u) + i * Layout::long_row, from + i * s.longer, Whole || token + i < left);
     }
-    const int row = threadIdx.x / 8, further = gradient_columns + threadIdx.x % 8 * 8 - before;
-    if (further < Layout::window) {
-      const bool present = row < left;
-      copy_async(to + row * Layout::long_pitch + further, present ? longer + (token + row) * s.longer + position(further) : longer, present);
-    }
+    if (W == 64 || 32 + piece - before < Layout::window)
+      copy_async<true>(to + row * Layout::long_row + 4 * 128 + (piece ^ row % 8) * 16, block.longer + (static_cast<int64_t>(first + static_cast<int>(row)) * s.longer + position(32 + piece)), Whole || static_cast<int>(row) < left);
   }
 }
 
@@ -76,42 +82,49 @@ band_gradient(const T* __restrict__ shorter, const T* __restrict__ longer, const
   using Layout = GradientLayout<W>;
   constexpr int B = gradient_bands<W>, J = W / 8 + 2;
   DST_OPS_SHARED(memory);
-  T* stages = reinterpret_cast<T*>(memory);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, l0 = blockIdx.x * gradient_columns;
+  const int l0 = blockIdx.x * gradient_columns;
   const int sub_bands = s.units * (s.band / W), u0 = blockIdx.y * B;
   const int64_t begin = s.tokens * blockIdx.z / gridDim.z, end = s.tokens * (blockIdx.z + 1) / gridDim.z;
-  int start[B];
-#pragma unroll
-  for (int b = 0; b < B; ++b) start[b] = u0 + b < sub_bands ? band_start<W>(offsets, u0 + b, s) : -1;
+  GradientBlock<T>& block = *reinterpret_cast<GradientBlock<T>*>(memory + Layout::block);
+  if (threadIdx.x < B) block.start[threadIdx.x] = u0 + static_cast<int>(threadIdx.x) < sub_bands ? band_start<W>(offsets, u0 + threadIdx.x, s) : -1;
+  if (threadIdx.x == 0) block.shorter = shorter + begin * s.shorter, block.longer = longer + begin * s.longer, block.tokens = static_cast<int>(end - begin);
+  __syncthreads();
 
   float sum[B][2][J][4] = {};
-  stage_gradient<T, W>(stages, shorter, longer, start, begin, end, l0, s);
-  copies_commit();
-  int which = 0;
-  for (int64_t token = begin; token < end; token += gradient_tokens, which ^= 1) {
-    if (token + gradient_tokens < end)
-      stage_gradient<T, W>(stages + (which ^ 1) * Layout::stage, shorter, longer, start, token + gradient_tokens, end, l0, s);
+  const auto stage_at = [&](int which) { return shared_address(memory) + which * Layout::stage; };
+  const auto stage = [&](int which, int first) {
+    const int tokens = block.tokens;
+    const bool whole = first + gradient_tokens <= tokens && l0 + gradient_columns <= s.shorter && s.longer >= gradient_columns + W;
+    if (whole) stage_gradient<T, W, true>(stage_at(which), block, first, gradient_tokens, l0, s);
+    else if (first < tokens) stage_gradient<T, W, false>(stage_at(which), block, first, tokens - first, l0, s);
     copies_commit();
+  };
+  stage(0, 0);
+  for (int first = 0, which = 0; first < block.tokens; first += gradient_tokens, which ^= 1) {
+    stage(which ^ 1, first + gradient_tokens);
     copies_wait<1>();
     __syncthreads();
-    const T* shorts = stages + which * Layout::stage + warp * 32;
-    const T* longs = stages + which * Layout::stage + gradient_tokens * Layout::short_pitch + warp * 32;
+    const unsigned lane = thread_again() % 32, warp = thread_again() / 32;
 #pragma unroll
     for (int k = 0; k < gradient_tokens; k += 16) {
       // Fragment A: matrices (tokens 0-7, l 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15), each read transposed.
       uint32_t a[2][4];
+      const SharedAddress shorts = stage_at(which) + (lane / 16 * 8 + lane % 8) * Layout::short_row + warp / 2 * 128 + ((warp % 2 * 4 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
-        load_matrices_transposed(a[m], shared_address(shorts) + 2 * ((k + lane / 16 * 8 + lane % 8) * Layout::short_pitch + m * 16 + lane / 8 % 2 * 8));
+      for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], (shorts ^ m * 32u) + k * Layout::short_row);
 #pragma unroll
       for (int b = 0; b < B; ++b) {
-        if (start[b] < 0) continue;
-        const T* window = longs + (b * gradient_tokens + k) * Layout::long_pitch;
+        const int start = block.start[b];
+        if (start < 0) continue;
+        constexpr int Step = W < 32 ? 1 : 4;
+        const unsigned slot = start / 8u % 8 + warp * 4, before = slot % 8;  // of the warp's first column block
+        const SharedAddress line = stage_at(which) + Layout::shorts + b * Layout::longs + lane % 16 * Layout::long_row + slot / 8 * 128 + lane % 8 * 16;
 #pragma unroll
         for (int j = 0; j < 2 * Layout::pairs; j += 2) {
           // Fragment B of two blocks: (tokens 0-7, block j), (8-15, j), (0-7, j + 1), (8-15, j + 1).
           uint32_t q[4];
-          load_matrices_transposed(q, shared_address(window) + 2 * ((lane % 16) * Layout::long_pitch + (j + lane / 16) * 8));
+          const unsigned block = j + (j + 1 < W / 8 + 4 ? lane / 16 : 0);
+          load_matrices_transposed(q, (line ^ piece_bytes<Step>(block, before)) + (in_next_line<Step>(block, before) ? 128 : 0) + k * Layout::long_row);
 #pragma unroll
           for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -128,6 +141,7 @@ band_gradient(const T* __restrict__ shorter, const T* __restrict__ longer, const
   copies_wait<0>();
 
   // Sums lie along diagonals: through shared memory, so that what is written is adjacent.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* own = reinterpret_cast<float*>(memory) + warp * B * W * 33;
 #pragma unroll
   for (int b = 0; b < B; ++b)

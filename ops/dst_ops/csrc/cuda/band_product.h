@@ -30,7 +30,7 @@ band_resident(const T* __restrict__ x, Packed packed, const T* __restrict__ bias
     const bool present = first_token + token < s.tokens;
     const T* from = x + (first_token + (present ? token : 0)) * s.in;
     T* to = xs + token * pitch;
-    for (int block = lane; block < s.present_blocks; block += 32) copy_async(to + block * 8, from + block * 8, present);
+    for (int block = lane; block < s.present_blocks; block += 32) copy_async<false>(shared_address(to + block * 8), from + block * 8, present);
     if (lane == 0) *reinterpret_cast<uint4*>(to + s.present_blocks * 8) = make_uint4(0, 0, 0, 0);  // for blocks that are not there
   }
   copies_commit();
@@ -67,51 +67,69 @@ band_resident(const T* __restrict__ x, Packed packed, const T* __restrict__ bias
 
 constexpr int stream_warps = 8, stream_tokens = 128, stream_tiles = 2;  // a block: 4 warps along the tokens, 2 tiles of 64 rows
 
-constexpr int line_slots = 24;  // blocks of 8 columns in the three lines of 128 bytes that hold a window
-
+// A window in shared memory, see piece_bytes: three lines a row. Bands of 32 begin in the middle of a line or at its start, and so need two
+// and a half: the halves of two rows share a line, behind the others of 16 rows. Sizes in bytes.
 template <int W>
 struct StreamLayout {
-  // Blocks of a window, and with the one that only completes a pair and is not multiplied.
-  static constexpr int needed = stream_tiles * 8 + W / 8, blocks = (needed + 1) / 2 * 2;
-  static constexpr int pitch = band_pitch(blocks), window = stream_tokens * pitch;
-  // Packed weights come with the window, but for the widest bands: two blocks would not fit a multiprocessor.
+  static constexpr int needed = stream_tiles * 8 + W / 8;  // column blocks
+  static constexpr bool halves = W == 32;
+  static constexpr int row = halves ? 256 : 384, rows16 = halves ? 16 * 320 : 16 * 384, window = stream_tokens / 16 * rows16;
+  // Packed weights come with the window, but for the widest bands.
   static constexpr bool with_weights = W < 64;
-  static constexpr int weights = with_weights ? stream_tiles * band_quads<W> * 32 * 8 : 0;  // elements of 2 bytes
-  static constexpr int stage = window + weights, bytes = 2 * stage * 2;
+  static constexpr int weights = with_weights ? stream_tiles * band_quads<W> * 32 * 16 : 0;
+  static constexpr int stage = window + weights, bytes = 2 * stage;
+
+  // Of piece 0, from the window's start: of a whole line, of the half one, of a line of the window. before: blocks of the first line
+  // that are not the window's.
+  static __device__ __forceinline__ unsigned whole(unsigned token, unsigned line) { return token / 16 * rows16 + token % 16 * row + token % 8 * 16 + line * 128; }
+  static __device__ __forceinline__ unsigned half(unsigned token) { return token / 16 * rows16 + 16 * row + token % 16 / 2 * 128 + (token % 2 * 4 + token / 2 % 4) * 16; }
+  static __device__ __forceinline__ bool is_half(unsigned line, unsigned before) { return halves && line == (before ? 0u : 2u); }
+  static __device__ __forceinline__ unsigned line(unsigned token, unsigned line, unsigned before) {
+    return is_half(line, before) ? half(token) : whole(token, halves && before ? line - 1 : line);
+  }
 };
-static_assert(StreamLayout<8>::bytes == 88064 && StreamLayout<16>::bytes == 94208 && StreamLayout<32>::bytes == 110592 && StreamLayout<64>::bytes == 102400,
+static_assert(StreamLayout<8>::bytes == 108544 && StreamLayout<16>::bytes == 114688 && StreamLayout<32>::bytes == 106496 && StreamLayout<64>::bytes == 98304,
               "routes.py chooses by these");
 
-// Copies a window of x, from column block `first` on. A warp takes the rows of 16 tokens, eight lanes a line of 128 bytes of one.
+// Copies a window of x, from column block `first` on; `left` tokens are there. A warp takes the rows of 16 tokens, four at a time,
+// eight lanes a line of one.
 template <typename T, int W>
-__device__ __forceinline__ void stage_window(T* to, const T* x, int first, int64_t first_token, const BandSizes& s) {
+__device__ __forceinline__ void stage_window(SharedAddress to, const T* x, int first, int left, const BandSizes& s) {
   using Layout = StreamLayout<W>;
-  constexpr int rows = stream_tokens / stream_warps, turn = 4;  // after so many rows lanes have the same columns
-  static_assert(Layout::needed + 8 - (W < 64 ? W / 8 : 8) <= line_slots && turn * line_slots % 32 == 0 && rows % turn == 0);
-  const int thread = thread_again(), lane = thread % 32, first_row = thread / 32 * rows, before = first % 8;
-  const int left = static_cast<int>(s.tokens - first_token < stream_tokens ? s.tokens - first_token : stream_tokens);  // tokens that are there
-  const T* from = x + first_token * s.in;
-  if (first + Layout::needed <= s.present_blocks && left == stream_tokens) {
-    from += first * 8;
-#pragma unroll 1  // so that there are registers for the addresses
-    for (int i = lane; i < turn * line_slots; i += 32) {
-      const int token = first_row + i / line_slots, j = i % line_slots - before;
-      if (j < 0 || j >= Layout::needed) continue;
-      T* line = to + token * Layout::pitch + j * 8;
-      const T* piece = from + (token * s.in + j * 8);  // 128 * 2^23 fit an int
+  static_assert(Layout::needed + 8 - (W < 64 ? W / 8 : 8) <= 24 && stream_tokens / stream_warps == 16);
+  const unsigned thread = thread_again(), before = W == 64 ? 0 : static_cast<unsigned>(first) % 8;
+  const int token = thread / 32 * 16 + thread / 8 % 4, piece = thread % 8;
+  if (first + Layout::needed <= s.present_blocks && left >= stream_tokens) {
+    const T* from = x + (token * s.in + (first - static_cast<int>(before) + piece) * 8);  // 128 * 2^23 fit an int
+    const T* half_from = from + (before ? 0 : 2 * 64);
+    const SharedAddress half_to = to + (Layout::half(token) ^ piece * 16);
+    if (Layout::halves && before) from += 64;
+    to += Layout::whole(token, 0) ^ piece * 16;
 #pragma unroll
-      for (int more = 0; more < rows; more += turn, piece += turn * s.in) copy_async(line + more * Layout::pitch, piece, true);
+    for (int line = 0; line < (Layout::halves ? 2 : 3); ++line) {
+      const int j = line * 8 + piece - static_cast<int>(before);  // block of the window
+      if (!Layout::halves && (j < 0 || j >= Layout::needed)) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) copy_async<true>((to ^ i % 2 * 64u) + i * 4 * Layout::row + line * 128, from + i * 4 * s.in + line * 64, true);
+    }
+    if (Layout::halves && (piece < 4) != (before != 0)) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) copy_async<true>((half_to ^ i % 2 * 32u) + i * 2 * 128, half_from + i * 4 * s.in, true);
     }
     return;
   }
-#pragma unroll 1
-  for (int i = lane; i < rows * line_slots; i += 32) {
-    const int token = first_row + i / line_slots, j = i % line_slots - before;
-    int block = first + j;
+#pragma unroll
+  for (int line = 0; line < 3; ++line) {
+    const int j = line * 8 + piece - static_cast<int>(before);
     if (j < 0 || j >= Layout::needed) continue;
+    int block = first + j;
     while (block >= s.blocks) block -= s.blocks;  // more than once around where there are few features
-    const bool present = token < left && block < s.present_blocks;
-    copy_async(to + token * Layout::pitch + j * 8, present ? from + (token * s.in + block * 8) : x, present);
+    const bool present = block < s.present_blocks, half = Layout::is_half(line, before);
+    const T* from = x + (token * s.in + block * 8);
+    const SharedAddress line_to = to + (Layout::line(token, line, before) ^ piece * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      copy_async<true>((i % 2 ? line_to ^ (half ? 32u : 64u) : line_to) + i * (half ? 2 * 128 : 4 * Layout::row), from + i * 4 * s.in, present && token + i * 4 < left);
   }
 }
 
@@ -120,28 +138,39 @@ template <typename T, int W, bool Scatter>
 __global__ void __launch_bounds__(stream_warps * 32, 2)
 band_stream(const T* __restrict__ x, Packed packed, const T* __restrict__ bias, T* __restrict__ y, T* __restrict__ before, BandSizes s, int row_blocks,
             bool with_gelu) {
-  constexpr int M = 2, tile_quads = band_quads<W> * 32;
+  constexpr int M = 2;
+  constexpr unsigned tile_quads = band_quads<W> * 32;
   using Layout = StreamLayout<W>;
   DST_OPS_SHARED(memory);
-  T* stages = reinterpret_cast<T*>(memory);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, first_tile = blockIdx.x % row_blocks * stream_tiles, tile = first_tile + warp / 4;
+  const unsigned warp = threadIdx.x / 32;
+  const int first_tile = blockIdx.x % row_blocks * stream_tiles, tile = first_tile + warp / 4;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x / row_blocks) * stream_tokens;
-  const int warp_token = warp % 4 * 16 * M;
-  const bool works = tile < s.tiles && first_token + warp_token < s.tokens;
+  const auto warp_token = [] { return static_cast<int>(thread_again() / 32 % 4 * 16 * M); };
+  const bool works = tile < s.tiles && first_token + warp_token() < s.tokens;
   TileSums<M> sum;
   start_sums<T, M>(sum, bias, tile * band_rows, s);
   await_previous();
-  const auto words_of_tile = [&](int band, int tile) { return reinterpret_cast<const uint4*>(packed.words) + (static_cast<int64_t>(band) * s.tiles + tile) * tile_quads; };
+  const auto words_of_tile = [&](int band, int tile) { return reinterpret_cast<const uint4*>(packed.words) + static_cast<unsigned>(band * s.tiles + tile) * tile_quads; };  // of 16 bytes each: they fit an unsigned
   Bands<W, Scatter> bands(packed.starts, first_tile * 8, Layout::needed, s);
+  const int left = static_cast<int>(s.tokens - first_token < stream_tokens ? s.tokens - first_token : stream_tokens);  // tokens that are there
   const auto stage_next = [&](int which) {
     const bool more = bands.next(s);
     if (more) {
-      T* to = stages + which * Layout::stage;
-      stage_window<T, W>(to, x, bands.first, first_token, s);
+      const SharedAddress to = shared_address(memory) + which * Layout::stage;
+      stage_window<T, W>(to, x + first_token * s.in, bands.first, left, s);
       if (Layout::with_weights) {
-        const int quads = min(stream_tiles, s.tiles - first_tile) * tile_quads;
-        const uint4* words = words_of_tile(bands.u, first_tile);
-        for (int i = thread_again(); i < quads; i += stream_warps * 32) copy_async(to + Layout::window + i * 8, words + i, true);
+        constexpr unsigned threads = stream_warps * 32, all = stream_tiles * tile_quads;
+        const unsigned thread = thread_again();
+        const uint4* words = words_of_tile(bands.u, first_tile) + thread;
+        const auto copy = [&](unsigned i) { copy_async<true>(to + Layout::window + thread * 16 + i * 16, words + i, true); };
+        if (first_tile + stream_tiles <= s.tiles) {
+#pragma unroll
+          for (unsigned i = 0; i < all; i += threads)
+            if (i + threads <= all || i + thread < all) copy(i);
+        } else {
+#pragma unroll 1
+          for (unsigned i = 0; i + thread < tile_quads; i += threads) copy(i);
+        }
       }
     }
     copies_commit();
@@ -149,27 +178,38 @@ band_stream(const T* __restrict__ x, Packed packed, const T* __restrict__ bias, 
   };
   bool more = stage_next(0);
   for (int which = 0; more; which ^= 1) {
-    const int u = bands.u, first = wrapped(bands.first + warp / 4 * 8, s.blocks);
+    const int u = bands.u, before = W == 64 ? 0 : static_cast<unsigned>(bands.first) % 8, first = wrapped(bands.first + static_cast<int>(warp / 4) * 8, s.blocks);
     more = stage_next(which ^ 1);
     copies_wait<1>();
     __syncthreads();
     if (works) {
-      const uint4* words = words_of_tile(u, tile) + lane;
-      const T* staged = stages + which * Layout::stage + Layout::window + (warp / 4 * tile_quads + lane) * 8;
-      const auto weights = [words, staged](int quad) {
-        if constexpr (Layout::with_weights) return load_shared(staged + quad * 32 * 8);
+      const unsigned thread = thread_again();
+      const uint4* words = words_of_tile(u, tile) + thread % 32;
+      const unsigned char* staged = memory + which * Layout::stage;
+      const auto weights = [words, staged, mine = Layout::window + (thread / 128 * tile_quads + thread % 32) * 16](int quad) {
+        if constexpr (Layout::with_weights) return load_shared(staged + mine + quad * 32 * 16);
         else return words[quad * 32];
       };
-      const SharedAddress lane_row = shared_address(stages + which * Layout::stage + (warp_token + lane % 16) * Layout::pitch + warp / 4 * 64);
+      constexpr int Step = W < 32 ? 1 : W / 8;
+      // The two lines that the warp's tile meets.
+      const unsigned row = warp_token() + thread % 16, upper = thread / 128;
+      SharedAddress line = shared_address(staged) + Layout::whole(row, 0), next_line = line + 128;
+      if constexpr (Layout::halves) {
+        const SharedAddress half = shared_address(staged) + Layout::half(row), of_tile = line + upper * 128;
+        next_line = before ? of_tile : upper ? half : next_line;
+        line = before ? (upper ? line : half) : of_tile;
+      } else {
+        line += upper * 128, next_line += upper * 128;
+      }
       const bool whole = whole_band<W>(first, tile, s);
       add_band<T, W, M, false>(
-          sum, weights, Layout::pitch * 2, [&](int j) { return lane_row + j * 16; },
+          sum, weights, Layout::rows16 / 16, [&](int j) { return (in_next_line<Step>(j, before) ? next_line : line) ^ piece_bytes<Step>(j, before); },
           [&](int j) { return whole || pair_counts<W, Scatter>(j, first, tile, s); });
     }
     __syncthreads();
   }
   copies_wait<0>();
-  if (works) finish_tile<T, M>(y, before, sum, first_token + warp_token, tile * band_rows, with_gelu, s);
+  if (works) finish_tile<T, M>(y, before, sum, first_token + warp_token(), tile * band_rows, with_gelu, s);
 }
 
 }  // namespace dst_ops

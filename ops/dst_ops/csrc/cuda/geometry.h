@@ -23,12 +23,12 @@ __device__ __forceinline__ int wrapped(int i, int n) {
   return i >= n ? i - n : i;
 }
 
-// The first diagonal of unit u, checked: a wrong number would read beyond the tensors.
-__device__ __forceinline__ int first_diagonal(const int* offsets, int u, const Sizes& s) {
-  const int unit = offsets[u];
+// The first diagonal of a unit, checked: a wrong number would read beyond the tensors.
+__device__ __forceinline__ int diagonal_of(int unit, const Sizes& s) {
   DST_OPS_ASSERT(unit >= 0 && unit < s.longer / s.band, "dst_ops: a number in offsets is not in [0, P / band)");
   return unit * s.band;
 }
+__device__ __forceinline__ int first_diagonal(const int* offsets, int u, const Sizes& s) { return diagonal_of(offsets[u], s); }
 
 // Whether any of the indices first, ..., first + count - 1, modulo n, is below `end`. first in [0, n).
 __device__ __forceinline__ bool meets(int first, int count, int end, int n) { return first < end || first + count > n; }

@@ -8,6 +8,13 @@ namespace dst_ops {
 template <typename T>
 constexpr int pack_size = 16 / sizeof(T);
 
+template <int Bytes>
+struct WordOf;
+template <>
+struct WordOf<4> { using type = uint32_t; };
+template <>
+struct WordOf<8> { using type = uint2; };
+
 __device__ __forceinline__ float wide(float v) { return v; }
 __device__ __forceinline__ float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float wide(__half v) { return __half2float(v); }

@@ -51,8 +51,8 @@ __device__ __forceinline__ void await_previous() {
 }
 
 // threadIdx.x, asked for again: what is computed from it is computed where it is needed, and takes no registers over a loop.
-__device__ __forceinline__ int thread_again() {
-  int x;
+__device__ __forceinline__ unsigned thread_again() {
+  unsigned x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
@@ -69,10 +69,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], Share
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(p));
 }
 
-// Copies 16 bytes to shared memory in the background, or writes zeros and reads nothing.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool present) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(present ? 16 : 0));
+// Copies 16 bytes to shared memory in the background, or writes zeros and reads nothing. Lines: lanes that copy a line of 128 bytes copy
+// it to one. Otherwise copies must go through the first-level cache: past it an H100 fetches half as much again.
+template <bool Lines>
+__device__ __forceinline__ void copy_async(SharedAddress to, const void* global, bool present) {
+  const int bytes = present ? 16 : 0;
+  if (Lines) asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(global), "r"(bytes));
+  else asm volatile("cp.async.ca.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(global), "r"(bytes));
 }
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;"); }
 // Until at most `Left` of this thread's groups are on their way.

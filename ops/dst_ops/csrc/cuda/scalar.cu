@@ -22,13 +22,27 @@ void launch_product(const Tensor& x, const Tensor& values, const Tensor& offsets
 }
 
 template <typename T, int Tokens>
-void launch_few(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, const Device& device) {
-  const auto kernel = scatter ? scalar_few<T, Tokens, true> : scalar_few<T, Tokens, false>;
-  const int bytes = few_bytes<T, Tokens>(s.in);
+bool few_fits(const Sizes& s, bool scatter, const Device& device) {
+  return (scatter ? FewLayout<T, Tokens, true>(s.in).bytes() : FewLayout<T, Tokens, false>(s.in).bytes()) <= device.shared_memory;
+}
+
+template <typename T, int Tokens, bool Scatter>
+void launch_few_as(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, const Device& device) {
+  const auto kernel = scalar_few<T, Tokens, Scatter>;
+  const int bytes = FewLayout<T, Tokens, Scatter>(s.in).bytes();
   allow_shared(kernel, bytes, device);
-  DST_OPS_LAUNCH(kernel, dim3(static_cast<unsigned>(ceil_div(s.out, 32)), static_cast<unsigned>(ceil_div(s.tokens, Tokens))), dim3(32, few_slices), bytes, device.stream, read<T>(x),
-                 read<T>(values), read<int>(offsets), bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, o.gelu);
+  // Each block stages its tokens: the more of them, the fewer blocks along the rows, as long as every processor has one.
+  const int64_t tiles = ceil_div(s.tokens, Tokens);
+  int group_bits = 0;
+  while (group_bits < 2 && ceil_div(s.out, 64 << group_bits) * tiles >= many_blocks / 2 - 12) ++group_bits;
+  const dim3 grid(static_cast<unsigned>(ceil_div(s.out, 32 << group_bits)), static_cast<unsigned>(tiles));
+  launch_early(kernel, grid, dim3(32, few_warps), bytes, device, read<T>(x), read<T>(values), read<int>(offsets), bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, group_bits, o.gelu);
   check_launch();
+}
+
+template <typename T, int Tokens>
+void launch_few(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, const Device& device) {
+  (scatter ? launch_few_as<T, Tokens, true> : launch_few_as<T, Tokens, false>)(x, values, offsets, o, s, device);
 }
 
 // The most packs of tokens of which two blocks fit a processor, and that leave enough blocks; 0 if not even one pack fits.
@@ -45,8 +59,8 @@ void product(const Tensor& x, const Tensor& values, const Tensor& offsets, Outpu
   const int groups = packs_of_a_tile<T>(s, device);
   STD_TORCH_CHECK(groups > 0, "dst_ops: in_features ", s.in, " do not fit shared memory");
   constexpr int most = 32 / pack_size<T>;
-  const auto launch = s.tokens == 1            ? launch_few<T, 1>
-                      : s.tokens <= few_tokens ? launch_few<T, pack_size<T>>
+  const auto launch = s.tokens == 1 && few_fits<T, 1>(s, scatter, device)                                ? launch_few<T, 1>
+                      : s.tokens <= few_tokens && few_fits<T, pack_size<T>>(s, scatter, device) ? launch_few<T, pack_size<T>>
                       : groups == most         ? launch_product<T, most>
                       : groups == most / 2     ? launch_product<T, most / 2>
                       : groups == 2            ? launch_product<T, 2>
@@ -60,7 +74,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& offsets, int6
   const Sizes s = sizes(x.numel() / in, in, out_features, offsets, band);
   check_values(values, offsets, x, s);
   const Device device(x);
-  const Tensor xs = packed_rows(x), vs = torch::stable::contiguous(values);
+  const Tensor xs = packed_rows(x), vs = packed_rows(values);
   Output o = output(xs, out_features, bias, gelu, before);
   if (s.tokens > 0) for_type(x.scalar_type(), [&](auto zero) { product<decltype(zero)>(xs, vs, offsets, o, s, scatter, device); });
   return o.y;
