@@ -4,6 +4,7 @@
 #pragma once
 
 #include "band.h"
+#include "lines.h"
 
 namespace dst_ops {
 
@@ -15,7 +16,7 @@ constexpr int gradient_columns = gradient_warps * 32;  // positions l of a block
 template <int W>
 constexpr int gradient_bands = W == 64 ? 1 : 2;
 
-// A stage in shared memory, see piece_bytes: four lines of each of the shorter side's rows, five of each window's. Sizes in bytes.
+// A stage in shared memory, see lines.h: four lines of each of the shorter side's rows, five of each window's. Sizes in bytes.
 template <int W>
 struct GradientLayout {
   static constexpr int window = gradient_columns / 8 + W / 8;  // column blocks

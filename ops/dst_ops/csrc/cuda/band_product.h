@@ -7,6 +7,7 @@
 #pragma once
 
 #include "band.h"
+#include "lines.h"
 
 namespace dst_ops {
 
@@ -67,7 +68,7 @@ band_resident(const T* __restrict__ x, Packed packed, const T* __restrict__ bias
 
 constexpr int stream_warps = 8, stream_tokens = 128, stream_tiles = 2;  // a block: 4 warps along the tokens, 2 tiles of 64 rows
 
-// A window in shared memory, see piece_bytes: three lines a row. Bands of 32 begin in the middle of a line or at its start, and so need two
+// A window in shared memory, see lines.h: three lines a row. Bands of 32 begin in the middle of a line or at its start, and so need two
 // and a half: the halves of two rows share a line, behind the others of 16 rows. Sizes in bytes.
 template <int W>
 struct StreamLayout {
@@ -92,7 +93,8 @@ static_assert(StreamLayout<8>::bytes == 108544 && StreamLayout<16>::bytes == 114
               "routes.py chooses by these");
 
 // Copies a window of x, from column block `first` on; `left` tokens are there. A warp takes the rows of 16 tokens, four at a time,
-// eight lanes a line of one.
+// eight lanes a line of one. Four rows on, row % 8 differs by 4: pieces lie 64 bytes elsewhere in their line, those of a half, which
+// go by row / 2 % 4, 32.
 template <typename T, int W>
 __device__ __forceinline__ void stage_window(SharedAddress to, const T* x, int first, int left, const BandSizes& s) {
   using Layout = StreamLayout<W>;
@@ -150,7 +152,9 @@ band_stream(const T* __restrict__ x, Packed packed, const T* __restrict__ bias, 
   TileSums<M> sum;
   start_sums<T, M>(sum, bias, tile * band_rows, s);
   await_previous();
-  const auto words_of_tile = [&](int band, int tile) { return reinterpret_cast<const uint4*>(packed.words) + static_cast<unsigned>(band * s.tiles + tile) * tile_quads; };  // of 16 bytes each: they fit an unsigned
+  const auto words_of_tile = [&](int band, int tile) {  // of 16 bytes: their number fits an unsigned
+    return reinterpret_cast<const uint4*>(packed.words) + static_cast<unsigned>(band * s.tiles + tile) * tile_quads;
+  };
   Bands<W, Scatter> bands(packed.starts, first_tile * 8, Layout::needed, s);
   const int left = static_cast<int>(s.tokens - first_token < stream_tokens ? s.tokens - first_token : stream_tokens);  // tokens that are there
   const auto stage_next = [&](int which) {

@@ -1,7 +1,8 @@
-// Launches the kernels of scalar.h.
+// Launches the kernels of scalar.h and scalar_few.h.
 #include "scalar.h"
 
 #include "parts.h"
+#include "scalar_few.h"
 
 namespace dst_ops {
 namespace {
