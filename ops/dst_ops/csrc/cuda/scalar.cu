@@ -7,7 +7,7 @@
 namespace dst_ops {
 namespace {
 
-constexpr int64_t few_tokens = 32;
+constexpr int64_t few_tokens = 32, few_blocks = 120;  // blocks: hardly fewer than an H100's processors
 
 template <typename T, int Groups>
 void launch_product(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, const Device& device) {
@@ -32,10 +32,10 @@ void launch_few_as(const Tensor& x, const Tensor& values, const Tensor& offsets,
   const auto kernel = scalar_few<T, Tokens, Scatter>;
   const int bytes = FewLayout<T, Tokens, Scatter>(s.in).bytes();
   allow_shared(kernel, bytes, device);
-  // Each block stages its tokens: the more of them, the fewer blocks along the rows, as long as every processor has one.
+  // Each block stages its tokens: the more of them, the fewer blocks along the rows, as long as nearly every processor has one.
   const int64_t tiles = ceil_div(s.tokens, Tokens);
   int group_bits = 0;
-  while (group_bits < 2 && ceil_div(s.out, 64 << group_bits) * tiles >= many_blocks / 2 - 12) ++group_bits;
+  while (group_bits < 2 && ceil_div(s.out, 64 << group_bits) * tiles >= few_blocks) ++group_bits;
   const dim3 grid(static_cast<unsigned>(ceil_div(s.out, 32 << group_bits)), static_cast<unsigned>(tiles));
   launch_early(kernel, grid, dim3(32, few_warps), bytes, device, read<T>(x), read<T>(values), read<int>(offsets), bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, group_bits, o.gelu);
   check_launch();

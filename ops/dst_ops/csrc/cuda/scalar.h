@@ -11,7 +11,8 @@ namespace dst_ops {
 constexpr int scalar_segment = 128;  // diagonals that a warp lists at a time
 
 // Rows of `features` numbers, of which `left` are there, as a pack for each feature, and one of zeros behind the last. Rows that are
-// not there repeat the last one. Whole: pack_size rows are there.
+// not there repeat the last one: a product does not keep their sums, a gradient multiplies them by 0 (an infinite sum may so become a NaN).
+// Whole: pack_size rows are there.
 template <typename T, bool Whole>
 __device__ __forceinline__ void stage_pack(uint4* to, const T* from, int features, int left) {
   constexpr int P = pack_size<T>;

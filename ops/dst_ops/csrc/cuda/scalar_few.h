@@ -11,7 +11,8 @@ constexpr int few_together = 8, few_stages = 4;  // diagonals whose weights a wa
 constexpr int few_list = 64;                     // diagonals that a warp lists at a time
 
 // A diagonal as scalar_few needs it. x: bytes to what the first row meets. piece, behind: where its weights begin, in pieces of 16
-// bytes, from the diagonal's first on and from all diagonals' first on. weights: bytes from there to the first row's.
+// bytes, from the diagonal's first on and from all diagonals' first on; of weights that are not aligned the feature that the first row
+// meets, and the diagonal. weights: bytes from the first piece to the first row's.
 struct FewDiagonal {
   uint32_t x, weights;
   int piece;
