@@ -51,13 +51,13 @@ demo: data
 	deepspeed -q --num_gpus $(RANKS) --master_port $$($(FREE_PORT)) launch/train.py --job $(JOB) $(foreach s,$(SET),--set '$(s)')
 
 test: unit
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/unit --numprocesses 2 --dist loadfile
 
 unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses 2
 
 emulate: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OP_TESTS) --backend emulated
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OP_TESTS) --backend emulated --numprocesses 2
 
 # With the Python that has torch (2.11 or later), nvcc and ninja, and without the project's other dependencies; pytest knows
 # pyproject.toml's `timeout` only with its plugin.
@@ -66,8 +66,9 @@ gpu:
 	PYTHONPATH=ops:. python3 benchmarks/op_cuda.py
 
 # Generated code is not instrumented; the portable kernels compute the same without any. -s: or a report would be lost.
+# -O1: optimising instrumented code takes a minute more.
 SANITIZED = env DST_OPS_CACHE=$(CURDIR)/build/sanitize DST_OPS_REQUIRE_FUSED=1 OMP_NUM_THREADS=2 \
-  CXX="c++ -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+  CXX="c++ -g -fsanitize=address,undefined -fno-sanitize-recover=all" CXXFLAGS=-O1 \
   LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
 sanitize: install
 	for isa in portable avx2 avx512; do \

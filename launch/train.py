@@ -6,9 +6,24 @@ import argparse
 import os
 import socket
 import sys
+import time
 
 # What starts many processes sets one of these; only deepspeed and torchrun also set RANK.
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+PATIENCE = 10.0  # seconds
+
+
+def refuse(error: Exception, rank: int, *, speaks: bool) -> int:
+    """Says what is wrong and returns the exit code.
+
+    A launcher ends all processes of its node as soon as one has failed. So a rank that is not to speak waits until that
+    happens to it: one that is quicker than the rank that speaks would end it before it has said anything. After PATIENCE it
+    says it itself: better twice than never.
+    """
+    if not speaks:
+        time.sleep(PATIENCE)
+    print(error if rank == 0 else f"rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+    return 2
 
 
 def main() -> int:
@@ -41,20 +56,15 @@ def main() -> int:
         job = load(args.job, args.overrides)
         prepare(job, world_size)
     except JobError as error:
-        if (
-            int(os.environ.get("LOCAL_RANK", 0)) == 0
-        ):  # nodes may differ in files and environment, ranks of a node do not
-            print(error if rank == 0 else f"rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
-        return 2
+        # Nodes may differ in files and environment, ranks of a node do not.
+        return refuse(error, rank, speaks=int(os.environ.get("LOCAL_RANK", 0)) == 0)
 
     from dst_train.engine import CheckpointError, JobChangedError, leave_distributed, run
 
     try:
         outcome = run(job, stop_at=args.stop_at)
     except (CheckpointError, JobChangedError) as error:  # the same on every rank, and before the first step
-        if rank == 0:
-            print(error, file=sys.stderr)
-        return 2
+        return refuse(error, rank, speaks=rank == 0)
     if rank == 0:
         accuracy = outcome.evaluation.get("accuracy")
         result = "" if accuracy is None else f", accuracy {accuracy:.2%}"

@@ -5,8 +5,8 @@ lib/ (see setup.py) spares the build. Processes that start together share one bu
 releases when its holder dies, so that a killed build cannot block the next one; a library appears under its name only
 when it is whole.
 
-Environment: CXX (C++ compiler, default c++; nvcc's host compiler, default nvcc's own choice), CUDA_HOME or CUDA_PATH
-(where bin/nvcc is; otherwise nvcc on PATH, then /usr/local/cuda), DST_OPS_CUDA_ARCHS (chips to compile for, such as "80"
+Environment: CXX (C++ compiler, default c++; nvcc's host compiler, default nvcc's own choice), CXXFLAGS (of the CPU library,
+after ours), CUDA_HOME or CUDA_PATH (where bin/nvcc is; otherwise nvcc on PATH, then /usr/local/cuda), DST_OPS_CUDA_ARCHS (chips to compile for, such as "80"
 or "80+PTX;90a"; fewer build faster), MAX_JOBS (files compiled at once), DST_OPS_CACHE (folder of built libraries, default
 $TORCH_EXTENSIONS_DIR/dst_ops or ~/.cache/dst_ops), DST_OPS_REQUIRE_FUSED=1 (a failed build is an error), DST_OPS_ISA
 (portable, avx2 or avx512: at most this instruction set).
@@ -194,7 +194,8 @@ def _recipe(device: str) -> _Recipe:
     x86 = platform.machine() in ("x86_64", "AMD64")
     compiled = [name for name in files if name.endswith(".cpp") and (x86 or name not in X86_FLAGS)]
     sources = {name: X86_FLAGS.get(name, ()) for name in compiled}
-    return _Recipe(os.environ.get("CXX") or "c++", "", (*COMMON_FLAGS, *HOST_FLAGS), sources, ("-ltorch_cpu",))
+    flags = (*COMMON_FLAGS, *HOST_FLAGS, *os.environ.get("CXXFLAGS", "").split())
+    return _Recipe(os.environ.get("CXX") or "c++", "", flags, sources, ("-ltorch_cpu",))
 
 
 def _nvcc() -> tuple[Path, str]:

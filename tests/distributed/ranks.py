@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import queue
@@ -12,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tests import processes
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 120.0) -> list[Any]:
     """Results of function(*args) by rank; function must be importable. Inside, torch.distributed is not yet initialised.
@@ -19,13 +20,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, seconds
     Raises:
         RuntimeError: a rank raised; all tracebacks are in the message. TimeoutError: naming the ranks that did not end.
     """
-    context = multiprocessing.get_context("spawn")
+    context = processes.context()
     results = context.Queue()
     port = _free_port()
-    processes = [
+    started = [
         context.Process(target=_main, args=(r, world_size, port, results, function, args)) for r in range(world_size)
     ]
-    for process in processes:
+    for process in started:
         process.start()
     done: dict[int, tuple[bool, Any]] = {}
     deadline = time.monotonic() + seconds
@@ -35,10 +36,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, seconds
                 rank, ok, value = results.get(timeout=1.0)
                 done[rank] = (ok, value)
             except queue.Empty:
-                if any(p.exitcode not in (None, 0) and r not in done for r, p in enumerate(processes)):
+                if any(p.exitcode not in (None, 0) and r not in done for r, p in enumerate(started)):
                     break
     finally:
-        for process in processes:
+        for process in started:
             process.join(timeout=10.0 if len(done) == world_size else 0.1)
             process.kill()
     failed = [f"rank {r}:\n{value}" for r, (ok, value) in sorted(done.items()) if not ok]
@@ -46,7 +47,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, seconds
         raise RuntimeError("\n".join(failed))
     missing = sorted(set(range(world_size)) - set(done))
     if missing:
-        codes = [processes[r].exitcode for r in missing]
+        codes = [started[r].exitcode for r in missing]
         raise TimeoutError(f"ranks {missing} did not return within {seconds} s (exit codes {codes})")
     return [pickle.loads(done[r][1]) for r in range(world_size)]
 

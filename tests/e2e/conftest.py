@@ -18,6 +18,7 @@ from torch import nn
 
 from dst_train.data import eval_loader, write_shards
 from dst_train.job import BatchPlan, load
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,26 +95,61 @@ def write_job(tmp_path: Path, digit_shards: Path) -> Write:
 
 
 @pytest.fixture
-def run_job() -> Run:
+def run_job(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs launch/train.py on `ranks` processes, as the launcher would; returns rank 0's, or the first one that failed."""
 
     def run(job: Path, *arguments: str, ranks: int = 2, seconds: float = 180.0) -> subprocess.CompletedProcess[str]:
-        port = free_port()
-        processes = []
+        folder, port, context = tmp_path_factory.mktemp("output"), free_port(), processes.context()
+        script, command = ROOT / "launch/train.py", ["--job", str(job), *arguments]
+        outputs = [(folder / f"stdout{rank}", folder / f"stderr{rank}") for rank in range(ranks)]
+        started = []
         for rank in range(ranks):
             environment = {
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-            command = [sys.executable, str(ROOT / "launch/train.py"), "--job", str(job), *arguments]
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            process = context.Process(
+                target=processes.run_script, args=(script, command, environment, *outputs[rank]), daemon=False
             )
-        outputs = [process.communicate(timeout=seconds) for process in processes]
+            process.start()
+            started.append(process)
+        try:
+            for process in started:
+                process.join(seconds)
+                assert process.exitcode is not None, f"a rank still runs after {seconds} s"
+                if process.exitcode:  # a launcher ends the others
+                    for other in started:
+                        other.terminate()
+        finally:
+            for process in started:
+                process.kill()
         results = [
-            subprocess.CompletedProcess(process.args, process.returncode, *output)
-            for process, output in zip(processes, outputs, strict=True)
+            subprocess.CompletedProcess(command, process.exitcode, stdout.read_text(), stderr.read_text())
+            for process, (stdout, stderr) in zip(started, outputs, strict=True)
         ]
         return next((r for r in results if r.returncode), results[0])
 
     return run
+
+
+@pytest.fixture
+def launch_job() -> Run:
+    """The command of the README, on two CPU ranks."""
+
+    def launch(job: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        command = [
+            "deepspeed",
+            "-q",
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(free_port()),
+            str(ROOT / "launch/train.py"),
+        ]
+        return subprocess.run(
+            [*command, "--job", str(job), *arguments], env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    return launch

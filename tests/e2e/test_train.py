@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dst_train import densify
 from dst_train.data import write_shards
 from dst_train.engine import load_model
-from tests.e2e.conftest import count_right, free_port
+from tests.e2e.conftest import count_right
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,19 +34,9 @@ def _scalars(run: Path, tag: str) -> list[float]:
     return [e.value for e in _events(run).Scalars(tag)]
 
 
-def _launch(job: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command of the README, on two CPU ranks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port()), str(ROOT / "launch/train.py")]
-    return subprocess.run(
-        [*command, "--job", str(job), *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_the_launcher_trains_a_job(write_job: Any, tmp_path: Path) -> None:
+def test_the_launcher_trains_a_job(write_job: Any, launch_job: Any, tmp_path: Path) -> None:
     job = write_job(train__steps=40, evaluate__every_epochs=2, checkpoint__every_steps=15, checkpoint__keep=2)
-    result = _launch(job)
+    result = launch_job(job)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs/small"
     lines = result.stdout.splitlines()
@@ -130,13 +123,25 @@ def test_bad_samples_end_the_job_beyond_the_limit(write_job: Any, run_job: Any, 
     assert "2 samples could not be decoded, data.max_bad_samples allows 1" in twice.stderr
 
 
-def test_a_bad_job_ends_with_exit_code_2_on_every_rank(write_job: Any, tmp_path: Path) -> None:
-    result = _launch(
+def test_a_bad_job_ends_with_exit_code_2_on_every_rank(write_job: Any, launch_job: Any, tmp_path: Path) -> None:
+    result = launch_job(
         write_job(), "--set", "train.micro_batch_size=3", "--set", "sparsity.rules=[{match: x, sparsity: 0.9}]"
     )
     assert result.returncode == 2
     assert result.stderr.count("train.micro_batch_size 3 does not divide the 8 samples") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_quicker_rank_does_not_end_the_job_before_another_has_said_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, waited = runpy.run_path(str(ROOT / "launch/train.py")), []
+    monkeypatch.setattr(time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    assert script["refuse"](ValueError("no such file"), 0, speaks=True) == 2
+    assert (waited, capsys.readouterr().err) == ([], "no such file\n")
+    assert script["refuse"](ValueError("no such file"), 3, speaks=False) == 2
+    assert waited == [(script["PATIENCE"], "")]
+    assert capsys.readouterr().err == f"rank 3 on {socket.gethostname()}: no such file\n"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import dst_ops
 from dst_ops import build, cuda
 
 EMULATOR = Path(__file__).parent / "emulator"
+RUNTIME = EMULATOR / "cuda_emulator.cpp"
 SOURCES = build.SOURCES / "cuda"
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
@@ -29,18 +31,19 @@ OPS = ("linear", "linear_gelu", "linear_transposed", "dvalues")
 available = platform.machine() == "x86_64"  # its fibers are switched by a few lines of assembly
 
 
-def compile_library(sources: Path, to: Path, *options: str) -> None:
-    root, compiler = Path(torch.__file__).parent, os.environ.get("CXX", "c++").split()
-    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        running, objects = [], []
-        for source in (EMULATOR / "cuda_emulator.cpp", *sorted(sources.glob("*.cu"))):
-            objects.append(f"{folder}/{source.stem}.o")
-            command = [*compiler, "-x", "c++", *FLAGS, *options, f"-I{EMULATOR}", "-isystem", str(root / "include")]
-            running.append(subprocess.Popen([*command, "-c", str(source), "-o", objects[-1]]))
-        assert [process.wait() for process in running] == [0] * len(running)
-        whole = f"{folder}/library.so"
-        subprocess.run([*compiler, "-shared", *objects, "-o", whole, f"-L{root / 'lib'}", "-ltorch_cpu"], check=True)
-        os.replace(whole, to)
+def compile_objects(sources: Iterable[Path], folder: Path, *options: str) -> list[Path]:
+    """At once."""
+    include, compiler = Path(torch.__file__).parent / "include", os.environ.get("CXX", "c++").split()
+    objects = {source: folder / f"{source.stem}.o" for source in sources}
+    command = [*compiler, "-x", "c++", *FLAGS, *options, f"-I{EMULATOR}", "-isystem", str(include)]
+    running = [subprocess.Popen([*command, "-c", str(source), "-o", str(to)]) for source, to in objects.items()]
+    assert [process.wait() for process in running] == [0] * len(running)
+    return list(objects.values())
+
+
+def link(objects: Iterable[Path], to: Path) -> None:
+    compiler, libraries = os.environ.get("CXX", "c++").split(), Path(torch.__file__).parent / "lib"
+    subprocess.run([*compiler, "-shared", *objects, "-o", to, f"-L{libraries}", "-ltorch_cpu"], check=True)
 
 
 def library() -> Path:
@@ -51,7 +54,10 @@ def library() -> Path:
     path = build.cache() / f"dst_ops_emulated-{key.hexdigest()[:16]}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        compile_library(SOURCES, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as name:
+            folder = Path(name)
+            link(compile_objects((RUNTIME, *sorted(SOURCES.glob("*.cu"))), folder), folder / "library.so")
+            os.replace(folder / "library.so", path)
     return path
 
 

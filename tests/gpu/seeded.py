@@ -1,11 +1,15 @@
-"""Parity of emulated kernels on a few small cases, in a process of its own.
+"""Parity of emulated kernels on a few small cases.
 
 python -m tests.gpu.seeded LIBRARY CHECK...    prints what fails in which order of threads; 1 if anything does
+python -m tests.gpu.seeded                     the same for each line of its input, in a copy of this process: see serve
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -118,7 +122,8 @@ CHECKS: dict[str, list[Callable[[], bool]]] = {
 }
 
 
-def check(path: str, names: list[str]) -> bool:
+def check(path: str, names: list[str], symptom: str | None = None) -> bool:
+    """Whether nothing is wrong. Ends early once something is printed that contains `symptom`."""
     torch.ops.load_library(path)
     library, good = ctypes.CDLL(path), True
     for order in (0, 1, 2):
@@ -132,8 +137,30 @@ def check(path: str, names: list[str]) -> bool:
                 if wrong:
                     good = False
                     print(f"order {order}, {name}{case.args}: {wrong}", flush=True)
+                    if symptom is not None and symptom in wrong:
+                        return False
     return good
 
 
+def serve() -> None:
+    """Answers each line, a JSON list of what `check` takes and the file to print to, with a line: the exit status.
+
+    In a fork of this process, which has imported torch already and in which no library is loaded.
+    """
+    for line in sys.stdin:
+        *arguments, printed = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            to = os.open(printed, os.O_WRONLY | os.O_CREAT, 0o600)
+            os.dup2(to, 1)
+            os.dup2(to, 2)
+            signal.alarm(300)
+            os._exit(0 if check(*arguments) else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(0 if check(sys.argv[1], sys.argv[2:]) else 1)
+    if len(sys.argv) == 1:
+        serve()
+    else:
+        sys.exit(0 if check(sys.argv[1], sys.argv[2:]) else 1)

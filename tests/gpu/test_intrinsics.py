@@ -21,12 +21,10 @@ def library(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
     if not emulated.available:
         pytest.skip("the emulator is for x86_64")
     folder = tmp_path_factory.mktemp("intrinsics")
-    sources = folder / "sources"
-    sources.mkdir()
-    (sources / SOURCE.name).symlink_to(SOURCE)
     registered = torch.library.Library("dst_ops", "FRAGMENT")
     registered.define("test_intrinsics(Tensor a, Tensor b) -> Tensor")
-    emulated.compile_library(sources, folder / "emulated.so", "-I", str(emulated.SOURCES))
+    objects = emulated.compile_objects([emulated.RUNTIME, SOURCE], folder, f"-I{emulated.SOURCES}")
+    emulated.link(objects, folder / "emulated.so")
     torch.ops.load_library(str(folder / "emulated.so"))
     if pytestconfig.getoption("--backend") == "cuda":
         _compile_for_cuda(folder / "cuda.so")

@@ -5,12 +5,15 @@ A bug's text is looked for in the sources as they are, so that a change of the k
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -233,45 +236,83 @@ BUGS = [
 ]  # fmt: skip
 
 
-def _changed_sources(seeded: Seeded, folder: Path) -> Path:
+class _Checker:
+    """seeded.py's `serve`, with AddressSanitizer's runtime if `sanitized`."""
+
+    def __init__(self, sanitized: bool) -> None:
+        env = {}
+        if sanitized:
+            runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+            # A fiber has a stack of its own, of which the sanitizer knows nothing.
+            options = "detect_leaks=0:detect_stack_use_after_return=0"
+            env = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": options}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.gpu.seeded"],
+            cwd=ROOT, env=environment(**env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def check(self, library: Path, seeded: Seeded) -> tuple[int, str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        printed = library.with_name("printed")
+        request = [str(library), seeded.checks, seeded.symptom or None, str(printed)]
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline()), printed.read_text()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def _changed_source(seeded: Seeded, folder: Path) -> Path:
+    """The file of launchers that the checks need, beside the headers."""
     folder.mkdir()
-    for path in (*emulated.SOURCES.glob("*.h"), emulated.SOURCES / f"{seeded.checks[0].split('_')[0]}.cu"):
+    source = folder / f"{seeded.checks[0].split('_')[0]}.cu"
+    for path in (*emulated.SOURCES.glob("*.h"), emulated.SOURCES / source.name):
         shutil.copy(path, folder)
     if seeded.file:
         text = (folder / seeded.file).read_text()
         assert text.count(seeded.old) == 1, f"{seeded.file} must hold exactly once: {seeded.old!r}"
         (folder / seeded.file).write_text(text.replace(seeded.old, seeded.new))
-    return folder
+    return source
 
 
-def _outcome(seeded: Seeded, folder: Path) -> tuple[int, str]:
-    """What the checks say of the changed sources: 0 if nothing is wrong, and what they print."""
-    library, env = folder / "library.so", {}
-    emulated.compile_library(_changed_sources(seeded, folder / "sources"), library, "-O0")  # takes half the time
-    if seeded.sanitized:
-        runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
-        # A fiber has a stack of its own, of which the sanitizer knows nothing.
-        options = "detect_leaks=0:detect_stack_use_after_return=0"
-        env = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": options}
-    checked = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.seeded", str(library), *seeded.checks],
-        cwd=ROOT, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
-    )  # fmt: skip
-    return checked.returncode, checked.stdout
+def _outcomes(chosen: list[Seeded], sanitized: bool, folder: Path) -> dict[str, tuple[int, str]]:
+    """What the checks say of each: 0 if nothing is wrong, and what they print. Two are compiled and checked at a time."""
+    folder.mkdir()
+    runtime = emulated.compile_objects([emulated.RUNTIME], folder)
+    checkers: SimpleQueue[_Checker] = SimpleQueue()
+
+    def outcome(seeded: Seeded) -> tuple[int, str]:
+        place = folder / seeded.name.replace(" ", "-")
+        place.mkdir()
+        source = _changed_source(seeded, place / "sources")
+        kernels = emulated.compile_objects([source], place, "-O0")  # takes half the time
+        emulated.link([*runtime, *kernels], place / "library.so")
+        checker = checkers.get()
+        try:
+            return checker.check(place / "library.so", seeded)
+        finally:
+            checkers.put(checker)
+
+    with ThreadPoolExecutor(2) as pool, ExitStack() as stack:
+        for _ in range(2):
+            checker = _Checker(sanitized)
+            stack.callback(checker.close)
+            checkers.put(checker)
+        return dict(zip((s.name for s in chosen), pool.map(outcome, chosen), strict=True))
 
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Of the selected tests' sources; two are compiled and checked at a time."""
+    """Of the selected tests' sources."""
     chosen = [item.callspec.params["seeded"] for item in request.session.items if item.path == request.path]
-    done: dict[str, Future[tuple[int, str]]] = {}
+    folder, done = tmp_path_factory.mktemp("seeded"), {}
     for compiler, sanitized in (("c++", False), ("c++ -fsanitize=address", True)):
-        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("CXX", compiler)
-            for s in chosen:
-                if s.sanitized == sanitized:
-                    done[s.name] = pool.submit(_outcome, s, tmp_path_factory.mktemp("seeded"))
-    return {name: future.result() for name, future in done.items()}
+            done |= _outcomes([s for s in chosen if s.sanitized == sanitized], sanitized, folder / str(sanitized))
+    return done
 
 
 @pytest.mark.parametrize("seeded", UNCHANGED, ids=lambda s: s.name)

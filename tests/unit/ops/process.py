@@ -9,7 +9,7 @@ import sys
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment without the variables that dst_ops reads, changed."""
-    ours = ("DST_OPS_CACHE", "DST_OPS_ISA", "DST_OPS_REQUIRE_FUSED", "TORCH_EXTENSIONS_DIR", "CXX")
+    ours = ("DST_OPS_CACHE", "DST_OPS_ISA", "DST_OPS_REQUIRE_FUSED", "TORCH_EXTENSIONS_DIR", "CXX", "CXXFLAGS")
     return {**{k: v for k, v in os.environ.items() if k not in ours}, **changes}
 
 

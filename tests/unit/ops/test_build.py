@@ -90,12 +90,14 @@ def test_the_library_is_named_by_sources_compiler_and_torch(tmp_path: Path, monk
     names = {build.library_path()}
     monkeypatch.setenv("CXX", "another")
     names.add(build.library_path())
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    names.add(build.library_path())
     monkeypatch.setattr(torch, "__version__", "0")
     names.add(build.library_path())
     (tmp_path / "cpu").mkdir()
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     names.add(build.library_path())
-    assert len(names) == 4
+    assert len(names) == 5
     assert {name.parent for name in names} == {tmp_path}
 
 

@@ -155,7 +155,7 @@ static void multiply(const T* x, const Diagonals& u, const T* weight, T* sums, l
       const long row = start(k) + a;
       if (row < from || row >= to) continue;
       for (int v = 0; v < tokens<T>; v += lanes<T>)
-        store(sums + a * tokens<T> + v, load(sums + a * tokens<T> + v) + weight[k * outputs + a] * load(x + row * tokens<T> + v));
+        store(sums + a * tokens<T> + v, multiply_add(load(x + row * tokens<T> + v), V<T>{} + weight[k * outputs + a], load(sums + a * tokens<T> + v)));
     }
   };
   long k = 0;
@@ -170,7 +170,8 @@ static void multiply(const T* x, const Diagonals& u, const T* weight, T* sums, l
 #pragma GCC unroll 16
     for (int a = 0; a < outputs; ++a)
 #pragma GCC unroll 8
-      for (int v = 0; v < token_vectors; ++v) sum[a][v] += weight[k * outputs + a] * load(row + a * tokens<T> + v * lanes<T>);
+      for (int v = 0; v < token_vectors; ++v)
+        sum[a][v] = multiply_add(load(row + a * tokens<T> + v * lanes<T>), V<T>{} + weight[k * outputs + a], sum[a][v]);
   }
 #pragma GCC unroll 16
   for (int a = 0; a < outputs; ++a)
@@ -208,7 +209,7 @@ static void few_rows(const T* x, long ld, const In* values, long length, long pe
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
-      for (int c = 0; c < columns; ++c) sum[r][c] += w[c] * load(x + r * ld + row + c * n);
+      for (int c = 0; c < columns; ++c) sum[r][c] = multiply_add(w[c], load(x + r * ld + row + c * n), sum[r][c]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -250,7 +251,7 @@ static void accumulate(const T* shorter, const T* longer, const Class* classes, 
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 3
-        for (int c = 0; c < columns; ++c) sum[c] += s[r][c] * load(u + r * ld + c * n);
+        for (int c = 0; c < columns; ++c) sum[c] = multiply_add(s[r][c], load(u + r * ld + c * n), sum[c]);
 #pragma GCC unroll 3
       for (int c = 0; c < columns; ++c) store(grad + c * n, sum[c]);
     }
@@ -283,7 +284,7 @@ static inline void accumulate_diagonals(const T* shorter, const T* longer, long 
     V<T> u[D];
     windows<0, D>(longer, load(longer), load(longer + n), u);
 #pragma GCC unroll 16
-    for (int d = 0; d < D; ++d) sum[d] += s * u[d];
+    for (int d = 0; d < D; ++d) sum[d] = multiply_add(s, u[d], sum[d]);
   }
 #pragma GCC unroll 16
   for (int d = 0; d < D; ++d) store(grad + d * band_tile<T>, sum[d]);

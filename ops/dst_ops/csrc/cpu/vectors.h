@@ -32,6 +32,28 @@ static inline V<double> load(const double* p) { return *reinterpret_cast<const V
 static inline void store(float* p, V<float> v) { *reinterpret_cast<V<float>*>(p) = v; }
 static inline void store(double* p, V<double> v) { *reinterpret_cast<V<double>*>(p) = v; }
 
+// a * b + sum, rounded once where generated code does so too. Said and not left to the compiler, which would decide by its options.
+#if defined(__AVX512F__)
+static inline V<float> multiply_add(V<float> a, V<float> b, V<float> sum) {
+  return reinterpret_cast<V<float>>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
+}
+static inline V<double> multiply_add(V<double> a, V<double> b, V<double> sum) {
+  return reinterpret_cast<V<double>>(_mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(sum)));
+}
+#elif defined(__FMA__)
+static inline V<float> multiply_add(V<float> a, V<float> b, V<float> sum) {
+  return reinterpret_cast<V<float>>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+}
+static inline V<double> multiply_add(V<double> a, V<double> b, V<double> sum) {
+  return reinterpret_cast<V<double>>(_mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(sum)));
+}
+#else
+template <typename VT>
+static inline VT multiply_add(VT a, VT b, VT sum) {
+  return a * b + sum;
+}
+#endif
+
 static inline V<float> load(const Bf16* p) {
   return floats(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
 }

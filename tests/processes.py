@@ -1,0 +1,36 @@
+"""Processes that start with torch, DeepSpeed and the engine imported, which takes seconds: forks of one that has done it.
+
+Their hashes of strings are the same, unlike those of processes that a launcher starts: what must not depend on them is tested
+through the launcher as well.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+
+
+def context() -> ForkServerContext:
+    result = multiprocessing.get_context("forkserver")
+    result.set_forkserver_preload(["dst_train.engine", "dst_train.plan"])
+    with pytest.MonkeyPatch.context() as patch:  # read when these are imported
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        forkserver.ensure_running()
+    return result
+
+
+def run_script(script: Path, arguments: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """What such a process is to do: `python script arguments`."""
+    os.environ.update(environment)
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
