@@ -35,6 +35,7 @@ def compile_objects(sources: Iterable[Path], folder: Path, *options: str) -> lis
     """At once."""
     include, compiler = Path(torch.__file__).parent / "include", os.environ.get("CXX", "c++").split()
     objects = {source: folder / f"{source.stem}.o" for source in sources}
+    options = (*options, *os.environ.get("CXXFLAGS", "").split())
     command = [*compiler, "-x", "c++", *FLAGS, *options, f"-I{EMULATOR}", "-isystem", str(include)]
     running = [subprocess.Popen([*command, "-c", str(source), "-o", str(to)]) for source, to in objects.items()]
     assert [process.wait() for process in running] == [0] * len(running)
@@ -48,7 +49,7 @@ def link(objects: Iterable[Path], to: Path) -> None:
 
 def library() -> Path:
     """Compiled for the first run after a change, then taken from the cache of built libraries."""
-    key = hashlib.sha256(repr((FLAGS, torch.__version__, os.environ.get("CXX"))).encode())
+    key = hashlib.sha256(repr((FLAGS, torch.__version__, os.environ.get("CXX"), os.environ.get("CXXFLAGS"))).encode())
     for path in (*sorted(SOURCES.iterdir()), *sorted(EMULATOR.iterdir())):
         key.update(path.read_bytes())
     path = build.cache() / f"dst_ops_emulated-{key.hexdigest()[:16]}.so"
