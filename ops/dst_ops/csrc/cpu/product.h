@@ -10,6 +10,10 @@
 // diagonals last to first the second is the first with rows L ... P - 1 of the input zero.
 #pragma once
 
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -24,7 +28,16 @@ namespace {
 
 // Outputs that share the input rows which a chunk of sections spans. If units meet many rows, those of a chunk stay in the
 // first-level cache; if few, it costs less to take them from the second than to store and load sums between chunks.
-constexpr int64_t block_outputs = 112, chunk_bytes = 32 * 1024, one_chunk_bytes = 128 * 1024;
+constexpr int64_t block_outputs = 112, chunk_bytes = 32 * 1024;
+
+// Bytes of rows up to which they are few. A cache of 32 KiB has no room for weights beside a chunk, so that there more are.
+int64_t one_chunk_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool roomy = sysconf(_SC_LEVEL1_DCACHE_SIZE) > chunk_bytes;
+  if (roomy) return 64 * 1024;
+#endif
+  return 128 * 1024;
+}
 
 // Most weights packed at a time: 8 MiB in fp32.
 constexpr int64_t segment_weights = 1 << 21;
@@ -44,7 +57,7 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
   const int64_t reach = outputs + width - 1, sections = (P + outputs + section_rows - 1) / section_rows;
   const int vectors = kernel.tokens * int(sizeof(T)) / kernel.vector_bytes;
   const int64_t met_bytes = std::min(P, count * reach) * tokens * int64_t(sizeof(T));
-  const int64_t chunk = met_bytes <= one_chunk_bytes ? sections : std::max<int64_t>(1, sections * chunk_bytes / met_bytes);
+  const int64_t chunk = met_bytes <= one_chunk_bytes() ? sections : std::max<int64_t>(1, sections * chunk_bytes / met_bytes);
   const auto program = program_for<T>(start, width, P + outputs, kernel.outputs, vectors, kernel.vector_bytes);
 
   // Units that meet rows of sections begin ... end - 1.
