@@ -108,9 +108,7 @@ def run_job(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-            process = context.Process(
-                target=processes.run_script, args=(script, command, environment, *outputs[rank]), daemon=False
-            )
+            process = context.Process(target=processes.run_script, args=(script, command, environment, *outputs[rank]))
             process.start()
             started.append(process)
         try:

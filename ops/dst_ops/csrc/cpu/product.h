@@ -30,7 +30,7 @@ namespace {
 // first-level cache; if few, it costs less to take them from the second than to store and load sums between chunks.
 constexpr int64_t block_outputs = 112, chunk_bytes = 32 * 1024;
 
-// Bytes of rows up to which they are few. A cache of 32 KiB has no room for weights beside a chunk, so that there more are.
+// Bytes of rows up to which they are few. Chunks pay later where the first-level cache has no room for weights beside one.
 int64_t one_chunk_bytes() {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
   static const bool roomy = sysconf(_SC_LEVEL1_DCACHE_SIZE) > chunk_bytes;
