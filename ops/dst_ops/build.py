@@ -6,10 +6,10 @@ releases when its holder dies, so that a killed build cannot block the next one;
 when it is whole.
 
 Environment: CXX (C++ compiler, default c++; nvcc's host compiler, default nvcc's own choice), CXXFLAGS (of the CPU library,
-after ours), CUDA_HOME or CUDA_PATH (where bin/nvcc is; otherwise nvcc on PATH, then /usr/local/cuda), DST_OPS_CUDA_ARCHS (chips to compile for, such as "80"
-or "80+PTX;90a"; fewer build faster), MAX_JOBS (files compiled at once), DST_OPS_CACHE (folder of built libraries, default
-$TORCH_EXTENSIONS_DIR/dst_ops or ~/.cache/dst_ops), DST_OPS_REQUIRE_FUSED=1 (a failed build is an error), DST_OPS_ISA
-(portable, avx2 or avx512: at most this instruction set).
+after ours), CUDA_HOME or CUDA_PATH (where bin/nvcc is; otherwise nvcc on PATH, then /usr/local/cuda), DST_OPS_CUDA_ARCHS
+(chips to compile for, such as "80" or "80+PTX;90a"; fewer build faster), MAX_JOBS (files compiled at once), DST_OPS_CACHE
+(folder of built libraries, default $TORCH_EXTENSIONS_DIR/dst_ops or ~/.cache/dst_ops), DST_OPS_REQUIRE_FUSED=1 (a failed
+build is an error), DST_OPS_ISA (portable, avx2 or avx512: at most this instruction set).
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -22,7 +21,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, seconds
     """
     context = processes.context()
     results = context.Queue()
-    port = _free_port()
+    port = processes.free_port()
     started = [
         context.Process(target=_main, args=(r, world_size, port, results, function, args)) for r in range(world_size)
     ]
@@ -57,7 +56,7 @@ def _main(
 ) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     try:
         import torch
@@ -69,9 +68,3 @@ def _main(
         results.put((rank, False, traceback.format_exc()))
     results.close()
     results.join_thread()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,12 +20,6 @@ from dst_train.job import BatchPlan, load
 from tests import processes
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def count_right(model: nn.Module, path: Path) -> int:
@@ -99,7 +92,7 @@ def run_job(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs launch/train.py on `ranks` processes, as the launcher would; returns rank 0's, or the first one that failed."""
 
     def run(job: Path, *arguments: str, ranks: int = 2, seconds: float = 180.0) -> subprocess.CompletedProcess[str]:
-        folder, port, context = tmp_path_factory.mktemp("output"), free_port(), processes.context()
+        folder, port, context = tmp_path_factory.mktemp("output"), processes.free_port(), processes.context()
         script, command = ROOT / "launch/train.py", ["--job", str(job), *arguments]
         outputs = [(folder / f"stdout{rank}", folder / f"stderr{rank}") for rank in range(ranks)]
         started = []
@@ -143,7 +136,7 @@ def launch_job() -> Run:
             "--num_gpus",
             "2",
             "--master_port",
-            str(free_port()),
+            str(processes.free_port()),
             str(ROOT / "launch/train.py"),
         ]
         return subprocess.run(

@@ -1,7 +1,8 @@
-"""Parity of emulated kernels on a few small cases.
+"""Parity of emulated kernels on a few small cases: python -m tests.gpu.seeded
 
-python -m tests.gpu.seeded LIBRARY CHECK...    prints what fails in which order of threads; 1 if anything does
-python -m tests.gpu.seeded                     the same for each line of its input, in a copy of this process: see serve
+Answers each line of its input, a JSON list of what `check` takes and the file to print to, with a line: the exit status. By hand:
+
+    echo '["LIBRARY", ["CHECK"], null, "/dev/stdout"]' | python -m tests.gpu.seeded
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ CHECKS: dict[str, list[Callable[[], bool]]] = {
 }
 
 
-def check(path: str, names: list[str], symptom: str | None = None) -> bool:
-    """Whether nothing is wrong. Ends early once something is printed that contains `symptom`."""
+def check(path: str, names: list[str], symptom: str | None) -> bool:
+    """Prints what fails in which order of threads; whether nothing does. Ends once it prints what contains `symptom`."""
     torch.ops.load_library(path)
     library, good = ctypes.CDLL(path), True
     for order in (0, 1, 2):
@@ -143,10 +144,7 @@ def check(path: str, names: list[str], symptom: str | None = None) -> bool:
 
 
 def serve() -> None:
-    """Answers each line, a JSON list of what `check` takes and the file to print to, with a line: the exit status.
-
-    In a fork of this process, which has imported torch already and in which no library is loaded.
-    """
+    """In forks of this process, which has imported torch already and in which no library is loaded."""
     for line in sys.stdin:
         *arguments, printed = json.loads(line)
         child = os.fork()
@@ -160,7 +158,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        serve()
-    else:
-        sys.exit(0 if check(sys.argv[1], sys.argv[2:]) else 1)
+    serve()
