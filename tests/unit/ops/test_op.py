@@ -227,6 +227,23 @@ def test_bits_do_not_depend_on_threads_or_slots(shape: tuple[int, int, int, int]
     assert torch.equal(moved["dvalues"], results[0]["dvalues"][rows])
 
 
+@pytest.mark.cpu_only
+def test_threads_take_over_from_slower_ones() -> None:
+    """More threads than cores: some have hardly begun when others are done."""
+    c = case(200, 300, 20, 1, torch.float32, (700,))
+    arguments = (c["values"], c["offsets"], 200, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = torch.ops.dst_ops.linear(c["x"], *arguments)
+    try:
+        for turn in range(60):
+            torch.set_num_threads(2 + turn % 7)
+            sign = (-1) ** turn  # or what was never written could be the last turn's result, in the same memory
+            assert torch.equal(torch.ops.dst_ops.linear(sign * c["x"], *arguments), sign * expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("shape", CASES, ids=str)
 def test_dense_round_trip(shape: tuple[int, int, int, int]) -> None:
     c = case(*shape, torch.float64)

@@ -4,8 +4,9 @@
 // neither wrap nor share lines of the first-level cache; then every diagonal is a window of the longer rows.
 //
 // Single diagonals: a tile of adjacent l of a few tokens stays in registers while diagonals pass by. A vector load that
-// straddles 32 bytes costs half as much again, so diagonals are sorted by the offset's remainder: a tile is moved by that
-// much, once for all diagonals of one remainder, and every window begins at a multiple of 32 bytes.
+// straddles what the processor loads at once (64 bytes, or 32) costs half as much again or twice as much, so diagonals are
+// sorted by the offset's remainder: a tile is moved by that much, once for all diagonals of one remainder, and every window
+// begins at a multiple.
 //
 // Bands: the sums of neighbouring diagonals stay in registers while tokens pass by, and windows that overlap are shifted
 // out of the same two vectors.
@@ -82,7 +83,7 @@ void gradient(const In* shorter, const In* longer, T* grad, const Units& units, 
   const Kernels<In>& kernel = kernels<In>();
   const bool band = units.width % 4 == 0;
   const int64_t width = band ? std::gcd<int64_t>(units.width, 16) : 1, rows = band ? band_rows : kernel.rows, tile = band ? kernel.band_tile : kernel.tile;
-  const int64_t align = band ? 1 : 32 / sizeof(T), window = band ? gradient_stride / 2 / sizeof(T) : window_bytes / (rows * sizeof(T));
+  const int64_t align = band ? 1 : (kernel.vector_bytes == 64 && wide_first_level() ? 64 : 32) / sizeof(T), window = band ? gradient_stride / 2 / sizeof(T) : window_bytes / (rows * sizeof(T));
   // A window may begin `beyond` after the last offset of a chunk's part, and reach as far beyond that.
   const int64_t ld = gradient_stride / sizeof(T), beyond = width + 2 * kernel.vector_bytes / int64_t(sizeof(T)) + align;
   const std::vector<Chunk> chunks = chunks_of(units, width, P, window, align);

@@ -6,12 +6,27 @@
 #include <memory>
 #include <new>
 
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
 
 namespace dst_ops {
 namespace {
+
+// Whether the first-level cache is larger than 32 KiB. Such processors (Intel since Ice Lake, AMD since Zen 5) also load lines of
+// 64 bytes whole, where those before them that have such vectors at all may take two halves.
+bool wide_first_level() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool wide = sysconf(_SC_LEVEL1_DCACHE_SIZE) > 32 * 1024;
+  return wide;
+#else
+  return false;
+#endif
+}
 
 enum { packed_id, rows_id, sums_id };
 

@@ -10,34 +10,24 @@
 // diagonals last to first the second is the first with rows L ... P - 1 of the input zero.
 #pragma once
 
-#if __has_include(<unistd.h>)
-#include <unistd.h>
-#endif
-
 #include <algorithm>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "codegen.h"
 #include "isa.h"
 #include "memory.h"
+#include "shares.h"
 #include "units.h"
 
 namespace dst_ops {
 namespace {
 
 // Outputs that share the input rows which a chunk of sections spans. If units meet many rows, those of a chunk stay in the
-// first-level cache; if few, it costs less to take them from the second than to store and load sums between chunks.
+// first-level cache; if few, it costs less to take them from the second than to store and load sums between chunks. Chunks pay
+// earlier where the first-level cache has room for weights beside one.
 constexpr int64_t block_outputs = 112, chunk_bytes = 32 * 1024;
-
-// Bytes of rows up to which they are few. Chunks pay later where the first-level cache has no room for weights beside one.
-int64_t one_chunk_bytes() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  static const bool roomy = sysconf(_SC_LEVEL1_DCACHE_SIZE) > chunk_bytes;
-  if (roomy) return 64 * 1024;
-#endif
-  return 128 * 1024;
-}
 
 // Most weights packed at a time: 8 MiB in fp32.
 constexpr int64_t segment_weights = 1 << 21;
@@ -57,7 +47,7 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
   const int64_t reach = outputs + width - 1, sections = (P + outputs + section_rows - 1) / section_rows;
   const int vectors = kernel.tokens * int(sizeof(T)) / kernel.vector_bytes;
   const int64_t met_bytes = std::min(P, count * reach) * tokens * int64_t(sizeof(T));
-  const int64_t chunk = met_bytes <= one_chunk_bytes() ? sections : std::max<int64_t>(1, sections * chunk_bytes / met_bytes);
+  const int64_t chunk = met_bytes <= (wide_first_level() ? 64 : 128) * 1024 ? sections : std::max<int64_t>(1, sections * chunk_bytes / met_bytes);
   const auto program = program_for<T>(start, width, P + outputs, kernel.outputs, vectors, kernel.vector_bytes);
 
   // Units that meet rows of sections begin ... end - 1.
@@ -100,16 +90,20 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
       for (int64_t t = begin_tile + from * block_tiles, end = std::min(begin_tile + to * block_tiles, end_tile); t < end; t += block_tiles)
         kernel.pack(values, L, P, diagonals, scatter, &parts[2 * t], 2 * std::min(block_tiles, end - t), weights);
     });
-    torch::stable::parallel_for(0, (B + tokens - 1) / tokens * blocks, 1, [&](int64_t begin, int64_t stop) {
+    share_out((B + tokens - 1) / tokens * blocks, [&](const auto& take) {
       // Rows 0 ... P - 1, and as many on each side as sections reach beyond.
       const int64_t before = section_rows, after = reach + section_rows;
       T *const x = scratch<T, rows_id>((before + P + after) * tokens) + before * tokens, *const sums = scratch<T, sums_id>((block_outputs + 16) * tokens);
-      for (int64_t item = begin; item < stop; ++item) {
+      std::fill_n(x + I * tokens, (P - I) * tokens, T(0));
+      int64_t held = -1;  // tokens that x holds
+      for (int64_t item = 0, stop = 0;; ++item) {
+        if (item == stop) std::tie(item, stop) = take(blocks);  // not one by one: an atomic step waits for all stores before it
+        if (item == stop) break;
         const int64_t b = item / blocks * tokens, many = std::min(tokens, B - b), block = item % blocks;
         const int64_t t0 = begin_tile + block * block_tiles, t1 = std::min(t0 + block_tiles, end_tile), i = t0 * outputs, i_end = std::min(O, t1 * outputs);
-        if (item == begin || block == 0) {
+        if (b != held) {
+          held = b;
           kernel.transpose_in(in + b * I, I, many, I, x);
-          if (item == begin) std::fill_n(x + I * tokens, (P - I) * tokens, T(0));
           for (int64_t r = -before; r < 0; ++r) std::copy_n(x + (r % P + P) % P * tokens, tokens, x + r * tokens);
           for (int64_t r = P; r < P + after; ++r) std::copy_n(x + (r - P) * tokens, tokens, x + r * tokens);
         }
