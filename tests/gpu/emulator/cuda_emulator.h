@@ -215,6 +215,7 @@ void matrices(uint32_t (&r)[N], const void* p, bool transposed) {
 }
 typedef uintptr_t SharedAddress;
 inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+inline uint4 load_shared(SharedAddress p) { return load_shared(reinterpret_cast<const void*>(p)); }
 inline void load_matrices(uint32_t (&r)[4], SharedAddress p) { matrices(r, reinterpret_cast<const void*>(p), false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress p) { matrices(r, reinterpret_cast<const void*>(p), true); }
 
@@ -232,6 +233,7 @@ void copy_async(SharedAddress to, const void* global, bool present) {
   else emulator::current->copies.back().push_back(copy);
 }
 inline unsigned thread_again() { return threadIdx.x; }
+inline unsigned again(unsigned v) { return v; }
 // One kernel runs at a time.
 inline void let_next_begin() {}
 inline void await_previous() {}

@@ -59,9 +59,10 @@ void launch_stream(const Tensor& x, const Packed& packed, Output& o, const BandS
   check_shared(bytes, device);
   allow_shared(kernel, bytes, device);
   const int64_t row_blocks = ceil_div(s.out, band_rows * stream_tiles), tiles = ceil_div(s.tokens, stream_tokens);
-  STD_TORCH_CHECK(row_blocks * tiles < int64_t(1) << 31, "dst_ops: ", s.tokens, " tokens are too many for a call");
-  launch_early(kernel, dim3(static_cast<unsigned>(row_blocks * tiles)), dim3(stream_warps * 32), bytes, device, read<T>(x), packed, bias_of<T>(o), write<T>(o.y), before_of<T>(o), s,
-               static_cast<int>(row_blocks), o.gelu);
+  const int64_t in_y = std::min<int64_t>(tiles, most_blocks_in_y), in_z = ceil_div(tiles, most_blocks_in_y);
+  STD_TORCH_CHECK(in_z <= 65535, "dst_ops: ", s.tokens, " tokens are too many for a call");
+  launch_early(kernel, dim3(static_cast<unsigned>(row_blocks), static_cast<unsigned>(in_y), static_cast<unsigned>(in_z)), dim3(stream_warps * 32), bytes, device, read<T>(x), packed,
+               bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, o.gelu);
   check_launch();
 }
 

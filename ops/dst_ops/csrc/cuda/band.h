@@ -7,6 +7,11 @@
 // A warp's tile is 64 rows, which meet 8 + W / 8 column blocks. It goes over pairs of them: loads the pair's columns once, and
 // multiplies them for each 8 rows that meet both (k16) or one (k8). Weights are packed once a call, each lane's in the order
 // in which it needs them; the corners of the parallelogram are zeros.
+//
+// Windows of columns lie in shared memory as lines: a row of a window is a few lines of 128 bytes that begin where lines of memory do, so
+// that one is copied at once: a copy to 128 bytes that lie across two lines takes twice as long, or fetches half as much again. Eight rows'
+// pieces of 16 bytes of one column block must lie in different banks, and so piece i of a line is where piece i ^ row % 8 would be: with the
+// row's part in an address already, an exclusive-or with 16 i gives the piece.
 #pragma once
 
 #include "geometry.h"
@@ -178,7 +183,6 @@ __device__ __forceinline__ uint4 transpose_quad(uint32_t (&w)[4]) {
 // Writes a warp's tile: 16 * M tokens x 64 rows, four 8-row tiles at a time, 16 bytes a lane.
 template <typename T, int M, typename F>
 __device__ __forceinline__ void store_tile(T* to, TileSums<M>& sum, int64_t first_token, int first_row, const Sizes& s, const F& of) {
-  const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -189,6 +193,7 @@ __device__ __forceinline__ void store_tile(T* to, TileSums<M>& sum, int64_t firs
 #pragma unroll
         for (int n = 0; n < 4; ++n) w[n] = pair(of(sum[m][n0 + n][2 * half]), of(sum[m][n0 + n][2 * half + 1]), T());
         const uint4 q = transpose_quad(w);
+        const int lane = thread_again() % 32;  // addresses of all pieces at once would not fit the registers
         const int64_t token = first_token + m * 16 + half * 8 + lane / 4;
         const int row = first_row + (n0 + lane % 4) * 8;
         if (token < s.tokens && row < s.out) *reinterpret_cast<uint4*>(to + token * s.out + row) = q;
@@ -211,12 +216,18 @@ __device__ __forceinline__ void start_sums(TileSums<M>& sum, const T* bias, int 
   }
 }
 
-// Whether column blocks j and j + 1 of a tile, counted from block `first`, are met by rows of the result and lie in the input.
+// Which pairs of a tile's column blocks, counted from block `first`, are met by rows of the result and lie in the input: a bit each.
 // The last pair of W = 8 has one block: where only the other one lies there, band_pack has left the tile's words unwritten.
 template <int W, bool Scatter>
-__device__ __forceinline__ bool pair_counts(int j, int first, int tile, const BandSizes& s) {
-  const int count = j + 1 < 8 + W / 8 ? 2 : 1;
-  return j - W / 8 < (s.out - tile * band_rows) / 8 && (!Scatter || meets(wrapped(first + j, s.blocks), count, s.present_blocks, s.blocks));
+__device__ __forceinline__ unsigned pairs_that_count(int first, int tile, const BandSizes& s) {
+  unsigned pairs = 0;
+#pragma unroll
+  for (int j = 0; j < 2 * band_pairs<W>; j += 2) {
+    const int count = j + 1 < 8 + W / 8 ? 2 : 1;
+    const bool counts = j - W / 8 < (s.out - tile * band_rows) / 8 && (!Scatter || meets(wrapped(first + j, s.blocks), count, s.present_blocks, s.blocks));
+    pairs |= static_cast<unsigned>(counts) << j / 2;
+  }
+  return pairs;
 }
 
 // A lane's words of a pair. weights(quad): one of the tile's.
@@ -249,16 +260,14 @@ __device__ __forceinline__ void add_pair(TileSums<M>& sum, const uint32_t (&a)[M
   }
 }
 
-// Whether all pairs of a tile's column blocks, from block `first` on, count: all lie in the input, and all rows in the result.
+// Up to which first block all pairs of a tile's column blocks count, without going round: all lie in the input, and all rows in the result.
 template <int W>
-__device__ __forceinline__ bool whole_band(int first, int tile, const BandSizes& s) {
-  return first + 2 * band_pairs<W> <= s.present_blocks && (tile + 1) * band_rows <= s.out;
-}
+__device__ __forceinline__ int last_whole(int tile, const BandSizes& s) { return (tile + 1) * band_rows <= s.out ? s.present_blocks - 2 * band_pairs<W> : -1; }
 
-// Adds a sub-band to a warp's tile, from one pair of column blocks on. column(block): where the 8 columns of the lane's token in
-// a block lie, counted from the first that the tile meets; lanes 0-15 are asked for a pair's first, the others for its second.
-// pitch: bytes to the next token. counts(block): whether to multiply the pair that begins there. Ahead: a pair's words are asked for
-// before the pair before is multiplied, since they come from the L2 cache. b: then this pair's.
+// Adds a sub-band to a warp's tile, from one pair of column blocks on. column(j): where the 8 columns of the lane's token lie in block j,
+// counted from the first that the tile meets, for lanes 0-15, and in block j + 1 for the others. pitch: bytes to the next token. counts(j):
+// whether to multiply the pair that begins there. Ahead: a pair's words are asked for before the pair before is multiplied, since they
+// come from the L2 cache. b: then this pair's.
 template <typename T, int W, int M, bool Ahead, int Pair, typename Weights, typename Column, typename Counts>
 __device__ __forceinline__ void add_pairs(TileSums<M>& sum, PairWords<W, Pair>& b, const Weights& weights, int pitch, const Column& column, const Counts& counts) {
   constexpr bool last = Pair + 1 == band_pairs<W>;
@@ -267,7 +276,7 @@ __device__ __forceinline__ void add_pairs(TileSums<M>& sum, PairWords<W, Pair>& 
   if (Ahead && !last) load_words<W, following>(next, weights);
   if (counts(2 * Pair)) {
     if (!Ahead) load_words<W, Pair>(b, weights);
-    const SharedAddress at = column(2 * Pair + (threadIdx.x & 31) / 16);
+    const SharedAddress at = column(2 * Pair);
     uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) load_matrices(a[m], at + m * 16 * pitch);

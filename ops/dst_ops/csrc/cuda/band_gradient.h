@@ -4,7 +4,6 @@
 #pragma once
 
 #include "band.h"
-#include "lines.h"
 
 namespace dst_ops {
 
@@ -16,7 +15,7 @@ constexpr int gradient_columns = gradient_warps * 32;  // positions l of a block
 template <int W>
 constexpr int gradient_bands = W == 64 ? 1 : 2;
 
-// A stage in shared memory, see lines.h: four lines of each of the shorter side's rows, five of each window's. Sizes in bytes.
+// A stage in shared memory, see band.h: four lines of each of the shorter side's rows, five of each window's. Sizes in bytes.
 template <int W>
 struct GradientLayout {
   static constexpr int window = gradient_columns / 8 + W / 8;  // column blocks
@@ -25,7 +24,7 @@ struct GradientLayout {
   static constexpr int stage = shorts + gradient_bands<W> * longs;
   static constexpr int sums = gradient_warps * gradient_bands<W> * W * 33 * 4;  // reuses the stages' memory
   static constexpr int block = 2 * stage, bytes = block + 32;
-  static_assert(bytes >= sums);
+  static_assert(bytes >= sums && (W == 8 || 2 * pairs <= W / 8 + 4));
 };
 static_assert(GradientLayout<8>::bytes == 114720 && GradientLayout<16>::bytes == 114720 && GradientLayout<32>::bytes == 114720 && GradientLayout<64>::bytes == 73760,
               "routes.py chooses by these");
@@ -76,6 +75,23 @@ __device__ __forceinline__ void stage_gradient(SharedAddress to, const GradientB
   }
 }
 
+// Where a lane's token has column blocks j, of the lanes 0-15, and j + 1, of the others, counted from block `slot` of the window's lines; j is
+// even. line: where it has block 0 of the lines, with the lane's part of the piece (of W = 8 without lane / 16: its last block has no partner).
+template <int W>
+__device__ __forceinline__ auto columns_of(SharedAddress line, unsigned slot) {
+  line += slot / 8 * 128;
+  const unsigned before = slot % 8;
+  if constexpr (W >= 32) {  // 0 or 4
+    const SharedAddress first = line ^ before * 16, second = before ? first + 128 : first;
+    return [first, second](int j) -> SharedAddress { return (j < 4 ? first : j < 8 ? second : first + 128) ^ j % 8 * 16u; };
+  } else {
+    return [line, before](int j) -> SharedAddress {
+      const unsigned at = j + before + (W == 8 && j + 1 < W / 8 + 4 ? thread_again() / 16 % 2 : 0);
+      return (line + (at >= 8 ? 128 : 0)) ^ at % 8 * 16;
+    };
+  }
+}
+
 // parts[split][k][l], as in scalar_gradient. grid: blocks of l, of bands, splits of the tokens. Feature counts: multiples of 8.
 template <typename T, int W>
 __global__ void __launch_bounds__(gradient_warps * 32, 2)
@@ -106,26 +122,24 @@ band_gradient(const T* __restrict__ shorter, const T* __restrict__ longer, const
     copies_wait<1>();
     __syncthreads();
     const unsigned lane = thread_again() % 32, warp = thread_again() / 32;
+    // Fragment A: matrices (tokens 0-7, l 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15), each read transposed.
+    const SharedAddress shorts = stage_at(which) + (lane / 16 * 8 + lane % 8) * Layout::short_row + warp / 2 * 128 + ((warp % 2 * 4 + lane / 8 % 2) ^ lane % 8) * 16;
+    // Fragment B of two blocks: (tokens 0-7, block j), (8-15, j), (0-7, j + 1), (8-15, j + 1).
+    const SharedAddress longs = stage_at(which) + Layout::shorts + lane % 16 * Layout::long_row + (lane % 8 ^ (W == 8 ? 0 : lane / 16)) * 16;
 #pragma unroll
     for (int k = 0; k < gradient_tokens; k += 16) {
-      // Fragment A: matrices (tokens 0-7, l 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15), each read transposed.
       uint32_t a[2][4];
-      const SharedAddress shorts = stage_at(which) + (lane / 16 * 8 + lane % 8) * Layout::short_row + warp / 2 * 128 + ((warp % 2 * 4 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
       for (int m = 0; m < 2; ++m) load_matrices_transposed(a[m], (shorts ^ m * 32u) + k * Layout::short_row);
 #pragma unroll
       for (int b = 0; b < B; ++b) {
         const int start = block.start[b];
         if (start < 0) continue;
-        constexpr int Step = W < 32 ? 1 : 4;
-        const unsigned slot = start / 8u % 8 + warp * 4, before = slot % 8;  // of the warp's first column block
-        const SharedAddress line = stage_at(which) + Layout::shorts + b * Layout::longs + lane % 16 * Layout::long_row + slot / 8 * 128 + lane % 8 * 16;
+        const auto column = columns_of<W>(longs, start / 8u % 8 + warp * 4);
 #pragma unroll
         for (int j = 0; j < 2 * Layout::pairs; j += 2) {
-          // Fragment B of two blocks: (tokens 0-7, block j), (8-15, j), (0-7, j + 1), (8-15, j + 1).
           uint32_t q[4];
-          const unsigned block = j + (j + 1 < W / 8 + 4 ? lane / 16 : 0);
-          load_matrices_transposed(q, (line ^ piece_bytes<Step>(block, before)) + (in_next_line<Step>(block, before) ? 128 : 0) + k * Layout::long_row);
+          load_matrices_transposed(q, column(j) + (b * Layout::longs + k * Layout::long_row));
 #pragma unroll
           for (int m = 0; m < 2; ++m)
 #pragma unroll

@@ -57,9 +57,20 @@ __device__ __forceinline__ unsigned thread_again() {
   return x;
 }
 
+// A value, of which the compiler cannot know that it is the same as before: likewise.
+__device__ __forceinline__ unsigned again(unsigned v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // Bytes in shared memory: half the registers of a pointer.
 typedef uint32_t SharedAddress;
 __device__ __forceinline__ SharedAddress shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint4 load_shared(SharedAddress p) {
+  uint4 q;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "r"(p));
+  return q;
+}
 
 // 8 x 8 matrices of 16-bit elements: lane i gives the address of row i % 8 of matrix i / 8 (16 bytes, aligned).
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress p) {
