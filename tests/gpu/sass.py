@@ -12,7 +12,9 @@ from pathlib import Path
 
 RESOURCES = re.compile(r"Function (\w+):\n\s+REG:(\d+) STACK:(\d+) ")
 LABEL = re.compile(r"(\.L_\w+):")
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*);")
+INSTRUCTION = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(?P<condition>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Kernel:
     stack: int  # bytes of a thread, where what does not fit the registers lies
     instructions: tuple[str, ...]  # with their modifiers: HMMA.16816.F32.BF16
     loops: tuple[tuple[int, int], ...]  # the innermost: first and last instruction
+    jumps: dict[int, tuple[int, bool]]  # instruction: the one that it jumps to, and whether it may go on instead
 
     def __str__(self) -> str:
         return f"{self.name}<{', '.join(self.arguments)}>"
@@ -37,6 +40,27 @@ class Kernel:
         """How often each instruction is in the innermost loop that has most of those that begin so."""
         bodies = [Counter(self.instructions[first : last + 1]) for first, last in self.loops]
         return max(bodies, key=lambda body: sum(n for name, n in body.items() if name.startswith(prefix)))
+
+    def shortest_turn(self, *prefixes: str) -> Counter[str]:
+        """How often each instruction is on the shortest way through the loop that holds most of those that begin so, of the ways that
+        meet most of them: what a turn costs where nothing is special.
+        """
+        wanted = [name.startswith(prefixes) for name in self.instructions]
+        loops = [(target, at) for at, (target, _) in self.jumps.items() if target <= at]
+        first, last = max(loops, key=lambda loop: (sum(wanted[loop[0] : loop[1]]), loop[0] - loop[1]))
+        ways: dict[int, tuple[int, int, int | None]] = {last: (0, -1, None)}  # wanted, less instructions, then where
+        for at in range(last - 1, first - 1, -1):
+            target, may_go_on = self.jumps.get(at, (at + 1, False))
+            after = [n for n in {target, at + 1 if may_go_on else target} if n > at and n in ways]
+            if self.instructions[at] != "EXIT" and after:
+                best = max(after, key=lambda n: ways[n][:2])
+                ways[at] = (ways[best][0] + wanted[at], ways[best][1] - 1, best)
+        turn: Counter[str] = Counter()
+        at: int | None = first
+        while at is not None:
+            turn[self.instructions[at]] += 1
+            at = ways[at][2]
+        return turn
 
 
 def kernels(library: Path) -> dict[str, list[Kernel]]:
@@ -85,9 +109,11 @@ def _kernel(declaration: str, registers: int, stack: int, lines: list[str]) -> K
             labels[label[1]] = len(instructions)
         if found := INSTRUCTION.search(line):
             if found["name"].startswith("BRA") and (target := re.search(r"\.L_\w+", found["operands"])):
-                jumps.append((target[0], len(instructions)))
+                may_go_on = found["condition"] is not None or re.match(r"!?U?P", found["operands"]) is not None
+                jumps.append((target[0], len(instructions), may_go_on))
             instructions.append(found["name"])
-    loops = {(labels[target], at) for target, at in jumps if labels[target] <= at}
+    loops = {(labels[target], at) for target, at, _ in jumps if labels[target] <= at}
     inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in loops)]
     arguments = tuple(name[2].split(", ")) if name[2] else ()
-    return Kernel(name[1], arguments, registers, stack, tuple(instructions), tuple(sorted(inner)))
+    to = {at: (labels[target], may_go_on) for target, at, may_go_on in jumps}
+    return Kernel(name[1], arguments, registers, stack, tuple(instructions), tuple(sorted(inner)), to)

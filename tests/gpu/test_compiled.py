@@ -34,6 +34,10 @@ on_every_chip = pytest.mark.parametrize("chip", re.findall(r"\d+a?", build.ARCHI
 
 REGISTERS = 65536  # of a multiprocessor
 DIAGONAL = 36  # instructions
+BESIDE = {  # instructions, by width
+    "band_stream": {8: 205, 16: 180, 32: 135, 64: 110},
+    "band_gradient": {8: 245, 16: 225, 32: 190, 64: 125},
+}
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +132,16 @@ def test_band_kernels_read_matrices_and_copy_in_the_background(kernels: list[Ker
         # Matrices of the gradient are transposed as they are read: tokens are its summed dimension.
         assert k.count("LDSM.16.MT88" if k.name == "band_gradient" else "LDSM.16.M88") == k.count("LDSM") > 0, str(k)
         assert k.count("LDGSTS") > 0, f"{k}: copies go through registers"
+
+
+@needs_compiler
+@on_every_chip
+def test_bands_take_few_instructions_beside_those_that_work(kernels: list[Kernel]) -> None:
+    """To find the next band, for addresses, to wait. A GPU was found to spend its time on them: see docs/op_cuda.md."""
+    for k in _named(kernels, "band_stream", "band_gradient"):
+        turn = k.shortest_turn("HMMA", "LDGSTS")
+        working = sum(n for name, n in turn.items() if name.startswith(("HMMA", "LDSM", "LDS.", "LDG.E.128", "LDGSTS")))
+        assert turn.total() - working <= BESIDE[k.name][_width(k)], f"{k}: {working} of {turn.total()} work"
 
 
 @needs_compiler

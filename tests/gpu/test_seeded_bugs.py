@@ -39,7 +39,7 @@ class Seeded:
     """A copy of the sources in which `old`, found exactly once in `file`, is `new`.
 
     checks: of seeded.py; the name's first word is the file of launchers that they need. symptom: what they must print, or
-    nothing for sources as they are. sanitized: with AddressSanitizer, for what no comparison sees.
+    nothing for sources without a bug. sanitized: with AddressSanitizer, for what no comparison sees.
     """
 
     name: str
@@ -60,7 +60,11 @@ def _bug(name: str, check: str, symptom: str, file: str, old: str, new: str, *, 
     return Seeded(name, (check,), symptom, file, old, new, sanitized)
 
 
-UNCHANGED = [_unchanged(kernel, sanitized) for kernel in ("scalar", "band", "dense") for sanitized in (False, True)]
+UNCHANGED = [
+    *(_unchanged(kernel, sanitized) for kernel in ("scalar", "band", "dense") for sanitized in (False, True)),
+    # Not a bug: so many tokens that a grid has them in z take too long.
+    Seeded("tokens in z", ("band_stream",), "", "band_product.h", "most_blocks_in_y = 65535;", "most_blocks_in_y = 1;"),
+]
 BUGS = [
     # Synchronization.
     _bug(
@@ -81,7 +85,7 @@ BUGS = [
     _bug(
         "no barrier before a stage is filled again",
         "band_gradient", DIFFERS, "band_gradient.h",
-        "    __syncthreads();\n  }\n  copies_wait", "  }\n  copies_wait",
+        "    __syncthreads();\n    const SharedAddress filled", "    const SharedAddress filled",
     ),
     _bug(
         "no barrier after copies have arrived",
@@ -172,7 +176,7 @@ BUGS = [
     _bug(
         "a gradient's window not wrapped",
         "band_gradient", DIFFERS, "band_gradient.h",
-        "      if (at >= s.longer) at -= s.longer;\n      while (!Whole && at >= s.longer) at -= s.longer;", "",
+        "        while (at >= s.longer) at -= s.longer;", "",
     ),
     _bug(
         "window not wrapped",
@@ -316,7 +320,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("seeded", UNCHANGED, ids=lambda s: s.name)
-def test_unchanged_sources_pass(seeded: Seeded, outcomes: dict[str, tuple[int, str]]) -> None:
+def test_sources_without_bugs_pass(seeded: Seeded, outcomes: dict[str, tuple[int, str]]) -> None:
     assert outcomes[seeded.name] == (0, "")
 
 

@@ -37,60 +37,76 @@ struct GradientBlock {
   int tokens, start[2];
 };
 
-// Copies columns [l0, l0 + 256) of 32 tokens of the shorter side, from `first` on, and the bands' windows of the longer one, eight lanes
-// a line. `left` tokens are there. Whole: all tokens and columns are, and no window goes round more than once.
-template <typename T, int W, bool Whole>
-__device__ __forceinline__ void stage_gradient(SharedAddress to, const GradientBlock<T>& block, int first, int left, int l0, const Sizes& s) {
+// A thread's part in copying columns [l0, l0 + 256) of 32 tokens of the shorter side and the bands' windows of the longer one, eight lanes
+// a line: of four lines those of 4 tokens, which a warp takes, of a window's fifth lines one token. It is the same at every stage: elements
+// from a stage's first row to the thread's piece, or none.
+template <typename T, int W>
+struct GradientCopy {
+  static constexpr int none = -1;
   using Layout = GradientLayout<W>;
-  static_assert(gradient_columns == 32 * 8 && gradient_tokens == gradient_warps * 4 && Layout::window + 8 - (W < 64 ? W / 8 : 8) <= 40);
-  // A warp takes 4 tokens; windows' fifth lines are shared out by eight threads.
-  const unsigned thread = thread_again(), slot = thread % 32, row = thread / 8, piece = thread % 8;
-  const int token = thread / 32 * 4;
-  const unsigned at = slot / 8 * 128 + (slot % 8 ^ token % 8u) * 16;
-  const T* from = block.shorter + (static_cast<int64_t>(first + token) * s.shorter + l0 + static_cast<int>(slot) * 8);
-  const bool inside = Whole || l0 + static_cast<int>(slot) * 8 < s.shorter;
-  SharedAddress line = to + token * Layout::short_row + at;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) copy_async<true>((line ^ i * 16u) + i * Layout::short_row, from + i * s.shorter, Whole || (inside && token + i < left));
-  to += Layout::shorts;
-#pragma unroll
-  for (int b = 0; b < gradient_bands<W>; ++b, to += Layout::longs) {
-    const int column = block.start[b];
-    if (column < 0) continue;
-    const unsigned before = column / 8u % 8;  // l0 is a multiple of 64
-    const auto position = [&](unsigned slot) {
-      int at = l0 + column + static_cast<int>((slot - before) * 8);
-      if (at >= s.longer) at -= s.longer;
-      while (!Whole && at >= s.longer) at -= s.longer;  // more than once around where there are few features
-      return at;
-    };
-    if (W == 64 || slot >= before) {
-      from = block.longer + (static_cast<int64_t>(first + token) * s.longer + position(slot));
-      line = to + token * Layout::long_row + at;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) copy_async<true>((line ^ i * 16u) + i * Layout::long_row, from + i * s.longer, Whole || token + i < left);
-    }
-    if (W == 64 || 32 + piece - before < Layout::window)
-      copy_async<true>(to + row * Layout::long_row + 4 * 128 + (piece ^ row % 8) * 16, block.longer + (static_cast<int64_t>(first + static_cast<int>(row)) * s.longer + position(32 + piece)), Whole || static_cast<int>(row) < left);
-  }
-}
+  int shorts, longs[gradient_bands<W>], fifth[gradient_bands<W>];
 
-// Where a lane's token has column blocks j, of the lanes 0-15, and j + 1, of the others, counted from block `slot` of the window's lines; j is
-// even. line: where it has block 0 of the lines, with the lane's part of the piece (of W = 8 without lane / 16: its last block has no partner).
-template <int W>
-__device__ __forceinline__ auto columns_of(SharedAddress line, unsigned slot) {
-  line += slot / 8 * 128;
-  const unsigned before = slot % 8;
-  if constexpr (W >= 32) {  // 0 or 4
-    const SharedAddress first = line ^ before * 16, second = before ? first + 128 : first;
-    return [first, second](int j) -> SharedAddress { return (j < 4 ? first : j < 8 ? second : first + 128) ^ j % 8 * 16u; };
-  } else {
-    return [line, before](int j) -> SharedAddress {
-      const unsigned at = j + before + (W == 8 && j + 1 < W / 8 + 4 ? thread_again() / 16 % 2 : 0);
-      return (line + (at >= 8 ? 128 : 0)) ^ at % 8 * 16;
-    };
+  static __device__ __forceinline__ int token() { return thread_again() / 32 * 4; }
+  static __device__ __forceinline__ int row() { return thread_again() / 8; }
+
+  __device__ __forceinline__ GradientCopy(const GradientBlock<T>& block, int l0, const Sizes& s) {
+    static_assert(gradient_columns == 32 * 8 && gradient_tokens == gradient_warps * 4 && Layout::window + 8 - (W < 64 ? W / 8 : 8) <= 40);
+    const int slot = thread_again() % 32, piece = thread_again() % 8;
+    shorts = l0 + slot * 8 < s.shorter ? token() * s.shorter + l0 + slot * 8 : none;  // 32 * 2^23 fit
+#pragma unroll
+    for (int b = 0; b < gradient_bands<W>; ++b) {
+      const int column = block.start[b], before = column / 8 % 8;  // l0 is a multiple of 64
+      const auto position = [&](int slot) {
+        int at = l0 + column + (slot - before) * 8;
+        while (at >= s.longer) at -= s.longer;  // more than once around where there are few features
+        return at;
+      };
+      longs[b] = column >= 0 && slot >= before ? token() * s.longer + position(slot) : none;
+      fifth[b] = column >= 0 && 32 + piece - before < Layout::window ? row() * s.longer + position(32 + piece) : none;
+    }
   }
-}
+
+  // `left` tokens are there, from `first` on. Whole: all are, and all columns of the shorter side.
+  template <bool Whole>
+  __device__ __forceinline__ void copy(SharedAddress to, const GradientBlock<T>& block, int first, int left, const Sizes& s) const {
+    const unsigned slot = thread_again() % 32, at = slot / 8 * 128 + (slot % 8 ^ token() % 8) * 16;
+    const T* from = block.shorter + (static_cast<int64_t>(first) * s.shorter + (Whole || shorts != none ? shorts : 0));
+    SharedAddress line = to + token() * Layout::short_row + at;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) copy_async<true>((line ^ i * 16u) + i * Layout::short_row, from + i * s.shorter, Whole || (shorts != none && token() + i < left));
+    to += Layout::shorts;
+    const T* const longer = block.longer + static_cast<int64_t>(first) * s.longer;
+#pragma unroll
+    for (int b = 0; b < gradient_bands<W>; ++b, to += Layout::longs) {
+      if (longs[b] != none) {
+        from = longer + longs[b];
+        line = to + token() * Layout::long_row + at;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) copy_async<true>((line ^ i * 16u) + i * Layout::long_row, from + i * s.longer, Whole || token() + i < left);
+      }
+      if (fifth[b] != none)
+        copy_async<true>(to + row() * Layout::long_row + 4 * 128 + (thread_again() % 8 ^ row() % 8) * 16, longer + fifth[b], Whole || row() < left);
+    }
+  }
+};
+
+// Where a lane's token has a band's columns: of blocks j, even, for the lanes 0-15, and j + 1 for the others.
+template <int W>
+struct GradientLines {
+  SharedAddress first, second;  // the line of block 0; W >= 32: of block 4
+  unsigned before;              // of block 0 in its line
+
+  // line: where the window's first line is, with the lane's part of the piece (of W = 8 without lane / 16: its last block has no partner).
+  // slot: of block 0 in the window's lines.
+  __device__ __forceinline__ GradientLines(SharedAddress line, unsigned slot) : first(line + slot / 8 * 128), second(0), before(slot % 8) {
+    if (W >= 32) first ^= before * 16, second = before ? first + 128 : first;  // before is 0 or 4
+  }
+  __device__ __forceinline__ SharedAddress column(int j) const {
+    if (W >= 32) return (j < 4 ? first : j < 8 ? second : first + 128) ^ j % 8 * 16u;
+    const unsigned at = j + before + (W == 8 && j + 1 < W / 8 + 4 ? thread_again() / 16 % 2 : 0);
+    return (first + (at >= 8 ? 128 : 0)) ^ at % 8 * 16;
+  }
+};
 
 // parts[split][k][l], as in scalar_gradient. grid: blocks of l, of bands, splits of the tokens. Feature counts: multiples of 8.
 template <typename T, int W>
@@ -108,24 +124,30 @@ band_gradient(const T* __restrict__ shorter, const T* __restrict__ longer, const
   __syncthreads();
 
   float sum[B][2][J][4] = {};
-  const auto stage_at = [&](int which) { return shared_address(memory) + which * Layout::stage; };
-  const auto stage = [&](int which, int first) {
-    const int tokens = block.tokens;
-    const bool whole = first + gradient_tokens <= tokens && l0 + gradient_columns <= s.shorter && s.longer >= gradient_columns + W;
-    if (whole) stage_gradient<T, W, true>(stage_at(which), block, first, gradient_tokens, l0, s);
-    else if (first < tokens) stage_gradient<T, W, false>(stage_at(which), block, first, tokens - first, l0, s);
+  const GradientCopy<T, W> window(block, l0, s);
+  const auto stage = [&](SharedAddress to, int first) {
+    const int left = block.tokens - first;
+    if (left >= gradient_tokens && l0 + gradient_columns <= s.shorter) window.template copy<true>(to, block, first, left, s);
+    else if (left > 0) window.template copy<false>(to, block, first, left, s);
     copies_commit();
   };
-  stage(0, 0);
-  for (int first = 0, which = 0; first < block.tokens; first += gradient_tokens, which ^= 1) {
-    stage(which ^ 1, first + gradient_tokens);
+  // Where a lane reads a stage: fragment A, matrices (tokens 0-7, l 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15), each read transposed; in the
+  // high half fragment B of two blocks: (tokens 0-7, block j), (8-15, j), (0-7, j + 1), (8-15, j + 1).
+  const unsigned reads = [] {
+    const unsigned lane = thread_again() % 32, warp = thread_again() / 32;
+    const unsigned a = (lane / 16 * 8 + lane % 8) * Layout::short_row + warp / 2 * 128 + ((warp % 2 * 4 + lane / 8 % 2) ^ lane % 8) * 16;
+    const unsigned b = lane % 16 * Layout::long_row + (lane % 8 ^ (W == 8 ? 0 : lane / 16)) * 16;
+    return a + (b << 16);
+  }();
+  SharedAddress now = shared_address(memory), other = now + Layout::stage;
+  stage(now, 0);
+  for (int first = 0; first < block.tokens; first += gradient_tokens) {
+    stage(other, first + gradient_tokens);
     copies_wait<1>();
     __syncthreads();
-    const unsigned lane = thread_again() % 32, warp = thread_again() / 32;
-    // Fragment A: matrices (tokens 0-7, l 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15), each read transposed.
-    const SharedAddress shorts = stage_at(which) + (lane / 16 * 8 + lane % 8) * Layout::short_row + warp / 2 * 128 + ((warp % 2 * 4 + lane / 8 % 2) ^ lane % 8) * 16;
-    // Fragment B of two blocks: (tokens 0-7, block j), (8-15, j), (0-7, j + 1), (8-15, j + 1).
-    const SharedAddress longs = stage_at(which) + Layout::shorts + lane % 16 * Layout::long_row + (lane % 8 ^ (W == 8 ? 0 : lane / 16)) * 16;
+    const SharedAddress shorts = now + (again(reads) & 0xffffu), longs = now + Layout::shorts + (again(reads) >> 16);
+    const auto lines_of = [&](int b) { return GradientLines<W>(longs, block.start[b] / 8u % 8 + thread_again() / 32 * 4); };
+    const GradientLines<W> lines[] = {lines_of(0), lines_of(B - 1)};
 #pragma unroll
     for (int k = 0; k < gradient_tokens; k += 16) {
       uint32_t a[2][4];
@@ -135,11 +157,10 @@ band_gradient(const T* __restrict__ shorter, const T* __restrict__ longer, const
       for (int b = 0; b < B; ++b) {
         const int start = block.start[b];
         if (start < 0) continue;
-        const auto column = columns_of<W>(longs, start / 8u % 8 + warp * 4);
 #pragma unroll
         for (int j = 0; j < 2 * Layout::pairs; j += 2) {
           uint32_t q[4];
-          load_matrices_transposed(q, column(j) + (b * Layout::longs + k * Layout::long_row));
+          load_matrices_transposed(q, lines[b].column(j) + (b * Layout::longs + k * Layout::long_row));
 #pragma unroll
           for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -152,6 +173,8 @@ band_gradient(const T* __restrict__ shorter, const T* __restrict__ longer, const
       }
     }
     __syncthreads();
+    const SharedAddress filled = other;
+    other = now, now = filled;
   }
   copies_wait<0>();
 
