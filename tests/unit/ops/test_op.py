@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dst_ops
 from tests.unit.ops.oracle import CASES, case, dense
+from tests.unit.ops.process import python
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -242,6 +243,25 @@ def test_threads_take_over_from_slower_ones() -> None:
             assert torch.equal(torch.ops.dst_ops.linear(sign * c["x"], *arguments), sign * expected)
     finally:
         torch.set_num_threads(before)
+
+
+FEWER_THREADS = """
+import torch, dst_ops
+x, values, offsets = torch.randn(700, 200), torch.randn(20, 200), torch.arange(20).int()
+calls = []
+for threads in (1, 2, 5):
+    torch.set_num_threads(threads)
+    for sign in (1, -1):  # or what was never written could be an earlier result, in the same memory
+        y = torch.ops.dst_ops.linear(sign * x, values, offsets, 300, 1)
+    calls.append(y)
+assert all(torch.equal(y, calls[0]) for y in calls)
+"""
+
+
+@pytest.mark.cpu_only
+def test_fewer_threads_than_asked_for_do_all_the_work() -> None:
+    done = python(FEWER_THREADS, OMP_THREAD_LIMIT="1")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("shape", CASES, ids=str)

@@ -52,11 +52,14 @@ class Shares {
   std::vector<Rest> rest_;
 };
 
-// Calls f(take) on each thread, with take(most) as above. Results must not depend on who does an item.
+// Calls f(take) for each thread, with take(most) as above. Results must not depend on who does an item.
 template <typename F>
 void share_out(int64_t count, const F& f) {
   Shares shares(count, std::min<int64_t>(count, torch::stable::get_num_threads()));
-  torch::stable::parallel_for(0, shares.threads(), 1, [&](int64_t thread, int64_t) { f([&](int64_t most) { return shares.take(thread, most); }); });
+  torch::stable::parallel_for(0, shares.threads(), 1, [&](int64_t thread, int64_t stop) {
+    // More than one where there are fewer threads than were asked for: a last item is left to a thread that would never come.
+    for (; thread < stop; ++thread) f([&](int64_t most) { return shares.take(thread, most); });
+  });
 }
 
 }  // namespace
