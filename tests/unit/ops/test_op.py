@@ -234,9 +234,9 @@ def test_threads_take_over_from_slower_ones() -> None:
     c = case(200, 300, 20, 1, torch.float32, (700,))
     arguments = (c["values"], c["offsets"], 200, 1)
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    expected = torch.ops.dst_ops.linear(c["x"], *arguments)
     try:
+        torch.set_num_threads(1)
+        expected = torch.ops.dst_ops.linear(c["x"], *arguments)
         for turn in range(60):
             torch.set_num_threads(2 + turn % 7)
             sign = (-1) ** turn  # or what was never written could be the last turn's result, in the same memory

@@ -1,4 +1,4 @@
-// Memory that a thread keeps for its next call, and prefetching. Included by ops.cpp only.
+// Memory that a thread keeps for its next call, prefetching, and what depends on the first-level cache. Included by ops.cpp only.
 #pragma once
 
 #include <cstdint>
