@@ -34,7 +34,7 @@ def to_dense(values: Tensor, offsets: Tensor, out_features: int, in_features: in
 def linear(
     x: Tensor, values: Tensor, offsets: Tensor, out_features: int, band: int, bias: Tensor | None = None
 ) -> Tensor:
-    wide = _sum_dtype(x)
+    wide = sum_dtype(x)
     weight = to_dense(values.to(wide), offsets, out_features, x.shape[-1], band)
     y = x.to(wide) @ weight.t()
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
@@ -49,18 +49,30 @@ def linear_gelu(
 
 
 def linear_transposed(dy: Tensor, values: Tensor, offsets: Tensor, in_features: int, band: int) -> Tensor:
-    wide = _sum_dtype(dy)
+    wide = sum_dtype(dy)
     return (dy.to(wide) @ to_dense(values.to(wide), offsets, dy.shape[-1], in_features, band)).to(dy.dtype)
 
 
 def dvalues(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
     """[K, L]; one diagonal at a time, so that nothing of size M x N appears."""
-    wide = _sum_dtype(x)
+    wide = sum_dtype(x)
     m, n = dy.shape[-1], x.shape[-1]
     dy, x = dy.reshape(-1, m).to(wide), x.reshape(-1, n).to(wide)
     short, long = (x, dy) if m >= n else (dy, x)
     rows = [(torch.roll(long, -o, 1)[:, : short.shape[1]] * short).sum(0) for o in candidates(offsets, band).tolist()]
     return torch.stack(rows).to(dtype=wide)
+
+
+def linear_backward(dy: Tensor, x: Tensor, values: Tensor, offsets: Tensor, band: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, and in the dtype of sums of values and of a bias."""
+    ops = torch.ops.dst_ops
+    dx = ops.linear_transposed(dy, values, offsets, x.shape[-1], band)
+    return dx, ops.dvalues(dy, x, offsets, band), sum_of_rows(dy)
+
+
+def sum_of_rows(dy: Tensor) -> Tensor:
+    """[..., M] -> [M], in the dtype of sums."""
+    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=sum_dtype(dy))
 
 
 def diagonal_sums(block: Tensor, first_column: int, in_features: int) -> Tensor:
@@ -77,5 +89,5 @@ def diagonal_sums(block: Tensor, first_column: int, in_features: int) -> Tensor:
     return block.new_zeros(max(out_features, in_features)).index_add_(0, candidate, skewed.view(columns, width).sum(0))
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
+def sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import dst_ops
-from dst_ops import build, cuda
+from dst_ops import build, cuda, reference
 
 EMULATOR = Path(__file__).parent / "emulator"
 RUNTIME = EMULATOR / "cuda_emulator.cpp"
@@ -76,6 +76,8 @@ class Emulator:
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name in OPS:
                 self._registered.impl(name, _without_autocast(getattr(cuda, name)), "CPU", allow_override=True)
+            # Which CUDA doesn't have: made of the ops above, as backward does there.
+            self._registered.impl("linear_backward", reference.linear_backward, "CPU", allow_override=True)
 
     def set(self, *, order: int = 0, count_banks: bool = False) -> None:
         """order: in which threads run: 0 forwards, 1 backwards, 2 mixed."""

@@ -59,7 +59,7 @@ struct Kernels {
   int band_tile;        // features of a tile for the gradients of bands
   void (*convert)(const In* in, long count, T* to);
   void (*add_absolute)(const In* in, long count, T* to);
-  void (*transpose_in)(const In* in, long ld, long count, long features, T* to);
+  void (*transpose_in)(const In* in, long ld, long count, long features, T* to, T* sums);
   void (*transpose_out)(const T* sums, long count, long features, const T* bias, In* out, long ld);
   void (*pack)(const In* values, long length, long period, const Diagonals& d, bool along_input, const Part* parts, long count, T* to);
   void (*multiply)(const T* x, const Diagonals& d, const T* weight, T* sums, long from, long to);

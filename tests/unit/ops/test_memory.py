@@ -30,9 +30,11 @@ def call(name, x, dy, values, offsets):
         return ops.linear_transposed(dy, values, offsets, x.shape[1], band)
     if name == "dvalues":
         return ops.dvalues(dy, x, offsets, band)
+    if name == "linear_backward":
+        return ops.linear_backward(dy, x, values, offsets, band)
     return dst_ops.diagonal_scores(x, dy, out_features=dy.shape[1], in_features=x.shape[1], band=band)
 
-for name in ("linear", "linear_transposed", "dvalues", "scores"):
+for name in ("linear", "linear_transposed", "dvalues", "linear_backward", "scores"):
     if os.fork() == 0:
         given = arguments(tokens, n, m, active)
         call(name, *arguments(40, 2 * band, 2 * band, 1))  # threads, torch's own buffers
@@ -40,7 +42,8 @@ for name in ("linear", "linear_transposed", "dvalues", "scores"):
             clear.write("5")
         before = resident("VmRSS")
         result = call(name, *given)
-        print(name, resident("VmHWM") - before - result.numel() * result.element_size(), flush=True)
+        results = result if isinstance(result, tuple) else (result,)
+        print(name, resident("VmHWM") - before - sum(r.numel() * r.element_size() for r in results), flush=True)
         os._exit(0)
     assert os.wait()[1] == 0
 """
@@ -62,7 +65,7 @@ def test_temporaries_take_at_most_twice_the_larger_of_x_and_y(
     # Blocks are given back when they are freed, or what was freed before the call would hide what the call takes.
     done = python(PEAK, *map(str, (tokens, n, m, active, band)), MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4
+    assert len(done.stdout.splitlines()) == 5
     larger = 4 * tokens * max(n, m)
     for line in done.stdout.splitlines():
         name, peak = line.split()

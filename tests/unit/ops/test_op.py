@@ -136,6 +136,38 @@ def test_a_gelu_whose_result_gets_no_gradient_gives_none() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("rows", [0, 7, 32, 33, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 9, 4, 1), (130, 97, 11, 1), (97, 130, 11, 1), (128, 128, 3, 32)], ids=str)
+def test_gradients_at_once_are_those_of_the_single_ops(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, rows: int
+) -> None:
+    c, ops = case(*shape, dtype, (rows,)), torch.ops.dst_ops
+    x, dy, values, offsets, band = (*(c[k] for k in ("x", "dy", "values", "offsets")), c["sizes"]["band"])
+    dx, dvalues, dbias = ops.linear_backward(dy, x, values, offsets, band)
+    assert torch.equal(dx, ops.linear_transposed(dy, values, offsets, x.shape[-1], band))
+    assert torch.equal(dvalues, ops.dvalues(dy, x, offsets, band))
+    assert dbias.dtype == torch.promote_types(dtype, torch.float32)
+    bound = max(rows - 1, 0) * torch.finfo(dbias.dtype).eps / 2 * dy.double().abs().sum(0)  # any order of additions
+    assert bool(((dbias.double() - dy.double().sum(0)).abs() <= bound).all())
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("needed", ["x", "values", "bias"])
+def test_a_gradient_that_is_asked_for_alone(needed: str) -> None:
+    c = case(24, 60, 9, 1, torch.float32, (40,))
+    expected = _actual(c)[f"d{needed}"]
+    y = dst_ops.diagonal_linear(
+        *(c[k].requires_grad_(k == needed) for k in ("x", "values")),
+        c["offsets"],
+        c["bias"].requires_grad_(needed == "bias"),
+        **c["sizes"],
+    )
+    (got,) = torch.autograd.grad(y, c[needed], c["dy"])
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_non_contiguous_inputs() -> None:
     c = case(24, 60, 9, 1, torch.float32, (6, 8))
     whole = _actual(c)
@@ -231,30 +263,35 @@ def test_bits_do_not_depend_on_threads_or_slots(shape: tuple[int, int, int, int]
 @pytest.mark.cpu_only
 def test_threads_take_over_from_slower_ones() -> None:
     """More threads than cores: some have hardly begun when others are done."""
-    c = case(200, 300, 20, 1, torch.float32, (700,))
+    c, ops = case(200, 300, 20, 1, torch.float32, (700,)), torch.ops.dst_ops
     arguments = (c["values"], c["offsets"], 200, 1)
+
+    def results(sign: int) -> tuple[Tensor, ...]:
+        backward = ops.linear_backward(sign * c["dy"], c["x"], c["values"], c["offsets"], 1)
+        return (ops.linear(sign * c["x"], *arguments), *backward)
+
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = torch.ops.dst_ops.linear(c["x"], *arguments)
+        expected = results(1)
         for turn in range(60):
             torch.set_num_threads(2 + turn % 7)
             sign = (-1) ** turn  # or what was never written could be the last turn's result, in the same memory
-            assert torch.equal(torch.ops.dst_ops.linear(sign * c["x"], *arguments), sign * expected)
+            assert all(torch.equal(got, sign * e) for got, e in zip(results(sign), expected, strict=True))
     finally:
         torch.set_num_threads(before)
 
 
 FEWER_THREADS = """
 import torch, dst_ops
-x, values, offsets = torch.randn(700, 200), torch.randn(20, 200), torch.arange(20).int()
-calls = []
+x, dy, values, offsets = torch.randn(700, 200), torch.randn(700, 300), torch.randn(20, 200), torch.arange(20).int()
+ops, calls = torch.ops.dst_ops, []
 for threads in (1, 2, 5):
     torch.set_num_threads(threads)
     for sign in (1, -1):  # or what was never written could be an earlier result, in the same memory
-        y = torch.ops.dst_ops.linear(sign * x, values, offsets, 300, 1)
-    calls.append(y)
-assert all(torch.equal(y, calls[0]) for y in calls)
+        results = [ops.linear(sign * x, values, offsets, 300, 1), *ops.linear_backward(sign * dy, x, values, offsets, 1)]
+    calls.append(results)
+assert all(torch.equal(a, b) for results in calls for a, b in zip(results, calls[0], strict=True))
 """
 
 
@@ -398,6 +435,16 @@ def test_the_other_functions_check_too() -> None:
             "at least one feature",
         ),
         ("dvalues", (torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor([0], dtype=torch.int32), 1), "as many rows"),
+        (
+            "linear_backward",
+            (torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(1, 4), torch.tensor([0], dtype=torch.int32), 1),
+            "as many rows",
+        ),
+        (
+            "linear_backward",
+            (torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(1, 3), torch.tensor([0], dtype=torch.int32), 1),
+            r"values is \[1, 3\], expected \[1, 4\]",
+        ),
     ],
 )
 def test_the_kernels_guard_memory_themselves(op: str, arguments: tuple, message: str) -> None:

@@ -21,7 +21,7 @@ def _linear(c: dict[str, Any], x: Tensor, values: Tensor, bias: Tensor | None) -
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck reads it of tensors that are not leaves
-@pytest.mark.parametrize("op", ["linear", "linear_gelu", "linear_transposed", "dvalues"])
+@pytest.mark.parametrize("op", ["linear", "linear_gelu", "linear_transposed", "dvalues", "linear_backward"])
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(SHAPES[0], torch.float32), (SHAPES[1], torch.float32), (SHAPES[2], torch.bfloat16)], ids=str
 )
@@ -34,6 +34,7 @@ def test_opcheck(shape: tuple[int, int, int, int], dtype: torch.dtype, op: str) 
         "linear_gelu": (x, values, c["offsets"], m, band, bias, True),
         "linear_transposed": (dy, values, c["offsets"], n, band),
         "dvalues": (dy, x, c["offsets"], band),
+        "linear_backward": (*(t.detach() for t in (dy, x, values)), c["offsets"], band),  # has no derivative
     }
     torch.library.opcheck(getattr(torch.ops.dst_ops, op).default, arguments[op])
 
@@ -193,6 +194,22 @@ def test_vmap_of_the_backward_ops(in_dims: tuple[int | None, int | None]) -> Non
         for i in range(3):
             one = [a if d is None else a.select(d, i) for a, d in zip(pair, in_dims, strict=True)]
             assert torch.equal(mapped[i], op(*one, offsets, *rest))
+
+
+@pytest.mark.parametrize("batched", ["dy", "x", "values"])
+def test_gradients_of_a_batch_of_gradients(batched: str) -> None:
+    c = case(24, 60, 9, 1, torch.float32)
+    given = {
+        k: torch.stack([c[k] * (i + 1) for i in range(3)]) if k == batched else c[k] for k in ("dy", "x", "values")
+    }
+
+    def op(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.dst_ops.linear_backward(*tensors, c["offsets"], 1)
+
+    mapped = torch.vmap(op, in_dims=tuple(0 if k == batched else None for k in given))(*given.values())
+    for i in range(3):
+        one = op(*(t[i] if k == batched else t for k, t in given.items()))
+        assert all(torch.equal(m[i], o) for m, o in zip(mapped, one, strict=True))
 
 
 def test_the_product_must_be_kept_where_a_gradient_is_taken() -> None:

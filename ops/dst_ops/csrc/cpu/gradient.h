@@ -14,10 +14,12 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
 #include "memory.h"
+#include "shares.h"
 #include "units.h"
 
 namespace dst_ops {
@@ -77,21 +79,23 @@ std::vector<Chunk> chunks_of(const Units& units, int64_t width, int64_t P, int64
   return chunks;
 }
 
-// longer [B, P], shorter [B, L], grad [K, L].
+// longer [B, P], shorter [B, L], grad [K, L]. Items are shared out once, not taken over: who comes later would have to copy the
+// rows again.
 template <typename In, typename T = typename SumOf<In>::type>
-void gradient(const In* shorter, const In* longer, T* grad, const Units& units, int64_t B, int64_t P, int64_t L) {
+Work gradient(const In* shorter, const In* longer, T* grad, const Units& units, int64_t B, int64_t P, int64_t L) {
   const Kernels<In>& kernel = kernels<In>();
   const bool band = units.width % 4 == 0;
   const int64_t width = band ? std::gcd<int64_t>(units.width, 16) : 1, rows = band ? band_rows : kernel.rows, tile = band ? kernel.band_tile : kernel.tile;
   const int64_t align = band ? 1 : (kernel.vector_bytes == 64 && wide_first_level() ? 64 : 32) / sizeof(T), window = band ? gradient_stride / 2 / sizeof(T) : window_bytes / (rows * sizeof(T));
   // A window may begin `beyond` after the last offset of a chunk's part, and reach as far beyond that.
   const int64_t ld = gradient_stride / sizeof(T), beyond = width + 2 * kernel.vector_bytes / int64_t(sizeof(T)) + align;
-  const std::vector<Chunk> chunks = chunks_of(units, width, P, window, align);
+  std::vector<Chunk> chunks = chunks_of(units, width, P, window, align);
 
   // Tile t of a diagonal covers l = t * tile - remainder ...; every (chunk, tile) is computed by itself, in one order of
   // tokens, so that the result does not depend on who computes it.
   const int64_t tiles = (L + align - 1 + tile - 1) / tile;
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()) * tiles, 1, [&](int64_t begin, int64_t stop) {
+  const int64_t items = static_cast<int64_t>(chunks.size()) * tiles;
+  return {items, [=, &kernel, chunks = std::move(chunks)](int64_t begin, int64_t stop) {
     T *const shorts = scratch<T, sums_id>(rows * ld), *const longs = scratch<T, rows_id>(rows * ld);
     while (begin < stop) {
       const Chunk& chunk = chunks[begin / tiles];
@@ -101,7 +105,7 @@ void gradient(const In* shorter, const In* longer, T* grad, const Units& units, 
       begin += t1 - t0;
 
       const int64_t many = (t1 - t0) * tile, span = many + chunk.span + beyond, l0 = t0 * tile;
-      T* const sums = scratch<T, packed_id>(many * K);
+      T* const sums = scratch<T, gradient_id>(many * K);
       std::fill_n(sums, many * K, T(0));
       for (int64_t b = 0; b < B; b += rows) {
         const int64_t now = std::min(rows, B - b), next = b + now, next_many = std::min(rows, B - next);
@@ -132,7 +136,7 @@ void gradient(const In* shorter, const In* longer, T* grad, const Units& units, 
           if (from < to) std::copy_n(sums + ((t - t0) * K + k) * tile + from - l, to - from, grad + d.slot * L + from);
         }
     }
-  });
+  }};
 }
 
 }  // namespace

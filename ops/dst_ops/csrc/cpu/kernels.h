@@ -52,17 +52,21 @@ static inline void step(P*& row, long ld) {
   asm("" : "+r"(row));
 }
 
-// to[f][0..tokens) = in[0..count)[f], zeros for the tokens beyond count.
+// to[f][0..tokens) = in[0..count)[f], zeros for the tokens beyond count. sums, if not null: [f] receives the sum over tokens, and
+// has room for a whole vector of features.
 template <typename In, typename T = typename SumOf<In>::type>
-static void transpose_in(const In* in, long ld, long count, long features, T* to) {
+static void transpose_in(const In* in, long ld, long count, long features, T* to, T* sums) {
   constexpr int n = lanes<T>;
-  for (long f = 0; f < features; f += n)
+  for (long f = 0; f < features; f += n) {
+    V<T> sum[4] = {};  // in turn: one would make every addition wait for the last
     for (long b = 0; b < tokens<T>; b += n) {
       V<T> v[n];
       if (b + n <= count && f + n <= features) {
         const In* row = in + b * ld + f;
 #pragma GCC unroll 16
         for (int r = 0; r < n; ++r, step(row, ld)) v[r] = load(row);
+#pragma GCC unroll 16
+        for (int r = 0; r < n; ++r) sum[r % 4] += v[r];
         transpose<T>(v);
 #pragma GCC unroll 16
         for (int c = 0; c < n; ++c) store(to + (f + c) * tokens<T> + b, v[c]);
@@ -72,10 +76,13 @@ static void transpose_in(const In* in, long ld, long count, long features, T* to
         In row[n] = {};
         for (long c = 0; c < n && b + r < count && f + c < features; ++c) row[c] = in[(b + r) * ld + f + c];
         v[r] = load(row);
+        sum[r % 4] += v[r];
       }
       transpose<T>(v);
       for (long c = 0; c < n && f + c < features; ++c) store(to + (f + c) * tokens<T> + b, v[c]);
     }
+    if (sums != nullptr) store(sums + f, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
 }
 
 // out[0..count)[f] = sums[f][0..count) + bias[f]; sums and bias are readable up to a whole vector of features. Whole lines

@@ -1,4 +1,4 @@
-// CPU kernels of dst_ops.{linear, linear_transposed, dvalues, diagonal_sums} on the LibTorch stable ABI.
+// CPU kernels of dst_ops.{linear, linear_transposed, dvalues, linear_backward, diagonal_sums} on the LibTorch stable ABI.
 //
 // Validation, and the choice of the form of the product: see product.h and gradient.h. Sums have one order, whatever the
 // number of threads, so that results are the same bit for bit.
@@ -11,8 +11,10 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
+#include "backward.h"
 #include "few.h"
 #include "gradient.h"
 #include "product.h"
@@ -24,11 +26,17 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Below, functions of the C interface where torch::stable would look up an operator by its name at every call: with what these
+// few lines save, a call of one token takes 2 us less of 8.
+Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 Units active_units(const Tensor& offsets, int64_t band, int64_t candidates) {
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Int, "dst_ops: offsets must be int32 of one dimension");
   STD_TORCH_CHECK(candidates >= 1 && candidates <= int64_t(1) << 23, "dst_ops: max(in_features, out_features) is ", candidates, ", expected 1 to 2^23");
   STD_TORCH_CHECK(band >= 1 && candidates % band == 0, "dst_ops: band ", band, " must divide ", candidates);
-  const Tensor whole = torch::stable::contiguous(offsets);
+  const Tensor whole = dense(offsets);
   const int32_t* units = static_cast<const int32_t*>(whole.const_data_ptr());
   const int64_t count = whole.numel();
   std::vector<char> seen(candidates / band, 0);
@@ -42,6 +50,28 @@ Units active_units(const Tensor& offsets, int64_t band, int64_t candidates) {
   }
   std::sort(result.list.begin(), result.list.end(), [](const Unit& a, const Unit& b) { return a.offset < b.offset; });
   return result;
+}
+
+Tensor empty(const std::vector<int64_t>& shape, int32_t dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// As `like`, but for the last dimension.
+Tensor empty_like(const Tensor& like, int64_t features) {
+  std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
+  shape.back() = features;
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(shape, dtype);
+}
+
+// For sums of numbers of x.
+Tensor empty_sums(const Tensor& x, const std::vector<int64_t>& shape) {
+  return empty(shape, x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
 // Calls f with a value of the storage type of `dtype`.
@@ -59,28 +89,33 @@ int64_t last_size(const Tensor& t) {
   return t.size(t.dim() - 1);
 }
 
-Tensor apply(const Tensor& in, const Tensor& values, const Tensor& offsets, int64_t O, int64_t band, const Tensor* bias, bool scatter) {
-  const int64_t I = last_size(in), L = std::min(I, O);
+// Of a weight with sides I and O, whose values x multiplies.
+Units units_of_weight(const Tensor& x, const Tensor& values, const Tensor& offsets, int64_t band, int64_t I, int64_t O) {
   STD_TORCH_CHECK(O >= 1 && values.dim() == 2, "dst_ops: out_features must be at least 1 and values [K, L]");
-  const Units units = active_units(offsets, band, std::max(I, O));
-  const int64_t K = static_cast<int64_t>(units.list.size()) * band;
+  Units units = active_units(offsets, band, std::max(I, O));
+  const int64_t K = static_cast<int64_t>(units.list.size()) * band, L = std::min(I, O);
   STD_TORCH_CHECK(values.size(0) == K && values.size(1) == L, "dst_ops: values is [", values.size(0), ", ",
                   values.size(1), "], expected [", K, ", ", L, "]");
-  STD_TORCH_CHECK(values.scalar_type() == in.scalar_type(), "dst_ops: values and x must have one dtype");
+  STD_TORCH_CHECK(values.scalar_type() == x.scalar_type(), "dst_ops: values and x must have one dtype");
+  return units;
+}
+
+Tensor apply(const Tensor& in, const Tensor& values, const Tensor& offsets, int64_t O, int64_t band, const Tensor* bias, bool scatter) {
+  const int64_t I = last_size(in);
+  const Units units = units_of_weight(in, values, offsets, band, I, O);
   STD_TORCH_CHECK(bias == nullptr || (bias->dim() == 1 && bias->size(0) == O && bias->scalar_type() == in.scalar_type()),
                   "dst_ops: bias must be [", O, "] in the dtype of x");
-  const Tensor x = torch::stable::contiguous(in), v = torch::stable::contiguous(values);
+  const Tensor x = dense(in), v = dense(values);
   std::optional<Tensor> b;
-  if (bias != nullptr) b = torch::stable::contiguous(*bias);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = O;
-  Tensor y = torch::stable::new_empty(x, shape);
+  if (bias != nullptr) b = dense(*bias);
+  Tensor y = empty_like(x, O);
   for_type(x.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
-    const auto of = x.numel() / I <= few_tokens ? few_product<In> : product<In>;
-    of(static_cast<const In*>(x.const_data_ptr()), static_cast<const In*>(v.const_data_ptr()),
-                         b ? static_cast<const In*>(b->const_data_ptr()) : nullptr, static_cast<In*>(y.mutable_data_ptr()), units,
-                         x.numel() / I, I, O, scatter);
+    const In *px = static_cast<const In*>(x.const_data_ptr()), *pv = static_cast<const In*>(v.const_data_ptr());
+    const In* pb = b ? static_cast<const In*>(b->const_data_ptr()) : nullptr;
+    In* py = static_cast<In*>(y.mutable_data_ptr());
+    if (x.numel() / I <= few_tokens) few_product(px, pv, pb, py, units, x.numel() / I, I, O, scatter);
+    else product(px, pv, pb, py, units, x.numel() / I, I, O, scatter);
   });
   return y;
 }
@@ -94,20 +129,40 @@ Tensor linear_transposed(const Tensor& dy, const Tensor& values, const Tensor& o
   return apply(dy, values, offsets, in_features, band, nullptr, last_size(dy) < in_features);
 }
 
-Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t band) {
+void check_rows(const Tensor& dy, const Tensor& x) {
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dst_ops: dy and x must have one dtype");
+  STD_TORCH_CHECK(dy.numel() / last_size(dy) == x.numel() / last_size(x), "dst_ops: dy and x must have as many rows");
+}
+
+Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t band) {
+  check_rows(dy, x);
   const int64_t M = last_size(dy), N = last_size(x), P = std::max(M, N), L = std::min(M, N);
-  STD_TORCH_CHECK(dy.numel() / M == x.numel() / N, "dst_ops: dy and x must have as many rows");
   const Units units = active_units(offsets, band, P);
-  const Tensor d = torch::stable::contiguous(dy), c = torch::stable::contiguous(x);
-  const ScalarType sum_type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor grad = torch::stable::new_empty(c, {static_cast<int64_t>(units.list.size()) * band, L}, sum_type);
+  const Tensor d = dense(dy), c = dense(x);
+  Tensor grad = empty_sums(c, {static_cast<int64_t>(units.list.size()) * band, L});
   for_type(c.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
     const In *pd = static_cast<const In*>(d.const_data_ptr()), *px = static_cast<const In*>(c.const_data_ptr());
-    gradient(M >= N ? px : pd, M >= N ? pd : px, static_cast<typename SumOf<In>::type*>(grad.mutable_data_ptr()), units, c.numel() / N, P, L);
+    const Work work = gradient(M >= N ? px : pd, M >= N ? pd : px, static_cast<typename SumOf<In>::type*>(grad.mutable_data_ptr()), units, c.numel() / N, P, L);
+    torch::stable::parallel_for(0, work.count, 1, work.run);
   });
   return grad;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Tensor& offsets, int64_t band) {
+  check_rows(dy, x);
+  const int64_t M = last_size(dy), N = last_size(x);
+  const Units units = units_of_weight(x, values, offsets, band, M, N);
+  const Tensor d = dense(dy), c = dense(x), v = dense(values);
+  Tensor dx = empty_like(c, N), grad = empty_sums(c, {v.size(0), v.size(1)}), dbias = empty_sums(c, {M});
+  for_type(c.scalar_type(), [&](auto zero) {
+    using In = decltype(zero);
+    using T = typename SumOf<In>::type;
+    backward(static_cast<const In*>(d.const_data_ptr()), static_cast<const In*>(c.const_data_ptr()), static_cast<const In*>(v.const_data_ptr()),
+             static_cast<In*>(dx.mutable_data_ptr()), static_cast<T*>(grad.mutable_data_ptr()), static_cast<T*>(dbias.mutable_data_ptr()), units,
+             c.numel() / N, M, N);
+  });
+  return {dx, grad, dbias};
 }
 
 Tensor sums_of_diagonals(const Tensor& block, int64_t first_column, int64_t in_features) {
@@ -115,8 +170,8 @@ Tensor sums_of_diagonals(const Tensor& block, int64_t first_column, int64_t in_f
   const int64_t M = block.size(0), columns = block.size(1);
   STD_TORCH_CHECK(first_column >= 0 && first_column + columns <= in_features, "dst_ops: columns ", first_column, " to ", first_column + columns - 1,
                   " are not among ", in_features);
-  const Tensor whole = torch::stable::contiguous(block);
-  Tensor sums = torch::stable::new_empty(whole, {std::max(M, in_features)});
+  const Tensor whole = dense(block);
+  Tensor sums = empty_sums(whole, {std::max(M, in_features)});
   diagonal_sums(static_cast<const float*>(whole.const_data_ptr()), static_cast<float*>(sums.mutable_data_ptr()), columns, first_column, M, in_features);
   return sums;
 }
@@ -139,5 +194,6 @@ STABLE_TORCH_LIBRARY_IMPL(dst_ops, CPU, m) {
   m.impl("linear", TORCH_BOX(&dst_ops::linear));
   m.impl("linear_transposed", TORCH_BOX(&dst_ops::linear_transposed));
   m.impl("dvalues", TORCH_BOX(&dst_ops::dvalues));
+  m.impl("linear_backward", TORCH_BOX(&dst_ops::linear_backward));
   m.impl("diagonal_sums", TORCH_BOX(&dst_ops::sums_of_diagonals));
 }

@@ -32,8 +32,17 @@ constexpr int64_t block_outputs = 112, chunk_bytes = 32 * 1024;
 // Most weights packed at a time: 8 MiB in fp32.
 constexpr int64_t segment_weights = 1 << 21;
 
+// What the gradient of a bias is made of: sums over a tile of tokens, features in rows that have room for whole vectors.
+template <typename In>
+int64_t rows_of_sums(int64_t tokens) {
+  return (tokens + kernels<In>().tokens - 1) / kernels<In>().tokens;
+}
+constexpr int64_t row_of_sums(int64_t features) { return (features + 15) / 16 * 16; }
+
+// token_sums: if not null, [rows_of_sums(B), row_of_sums(I)], receives those of the input. before: other work for the threads.
 template <typename In, typename T = typename SumOf<In>::type>
-void product(const In* in, const In* values, const In* bias, In* out, const Units& units, int64_t B, int64_t I, int64_t O, bool scatter) {
+void product(const In* in, const In* values, const In* bias, In* out, const Units& units, int64_t B, int64_t I, int64_t O, bool scatter,
+             T* token_sums = nullptr, const Work& before = {}) {
   const Kernels<In>& kernel = kernels<In>();
   const int64_t P = std::max(I, O), L = std::min(I, O), tokens = kernel.tokens, outputs = kernel.outputs;
   const int64_t width = units.width, unit = width * outputs, count = static_cast<int64_t>(units.list.size());
@@ -90,10 +99,11 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
       for (int64_t t = begin_tile + from * block_tiles, end = std::min(begin_tile + to * block_tiles, end_tile); t < end; t += block_tiles)
         kernel.pack(values, L, P, diagonals, scatter, &parts[2 * t], 2 * std::min(block_tiles, end - t), weights);
     });
-    share_out((B + tokens - 1) / tokens * blocks, [&](const auto& take) {
+    const bool first_segment = begin_tile == 0;
+    share_out(first_segment ? before : Work(), (B + tokens - 1) / tokens * blocks, [&](const auto& take) {
       // Rows 0 ... P - 1, and as many on each side as sections reach beyond.
-      const int64_t before = section_rows, after = reach + section_rows;
-      T *const x = scratch<T, rows_id>((before + P + after) * tokens) + before * tokens, *const sums = scratch<T, sums_id>((block_outputs + 16) * tokens);
+      const int64_t ahead = section_rows, after = reach + section_rows;
+      T *const x = scratch<T, rows_id>((ahead + P + after) * tokens) + ahead * tokens, *const sums = scratch<T, sums_id>((block_outputs + 16) * tokens);
       std::fill_n(x + I * tokens, (P - I) * tokens, T(0));
       int64_t held = -1;  // tokens that x holds
       for (int64_t item = 0, stop = 0;; ++item) {
@@ -101,10 +111,11 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
         if (item == stop) break;
         const int64_t b = item / blocks * tokens, many = std::min(tokens, B - b), block = item % blocks;
         const int64_t t0 = begin_tile + block * block_tiles, t1 = std::min(t0 + block_tiles, end_tile), i = t0 * outputs, i_end = std::min(O, t1 * outputs);
-        if (b != held) {
+        const bool sums_too = token_sums != nullptr && first_segment && block == 0;
+        if (b != held || sums_too) {
           held = b;
-          kernel.transpose_in(in + b * I, I, many, I, x);
-          for (int64_t r = -before; r < 0; ++r) std::copy_n(x + (r % P + P) % P * tokens, tokens, x + r * tokens);
+          kernel.transpose_in(in + b * I, I, many, I, x, sums_too ? token_sums + b / tokens * row_of_sums(I) : nullptr);
+          for (int64_t r = -ahead; r < 0; ++r) std::copy_n(x + (r % P + P) % P * tokens, tokens, x + r * tokens);
           for (int64_t r = P; r < P + after; ++r) std::copy_n(x + (r - P) * tokens, tokens, x + r * tokens);
         }
 

@@ -7,11 +7,18 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <utility>
 #include <vector>
 
 namespace dst_ops {
 namespace {
+
+// Items 0 ... count - 1 that can be done in any order; run(begin, end) does some.
+struct Work {
+  int64_t count = 0;
+  std::function<void(int64_t begin, int64_t end)> run = [](int64_t, int64_t) {};
+};
 
 class Shares {
  public:
@@ -52,11 +59,13 @@ class Shares {
   std::vector<Rest> rest_;
 };
 
-// Calls f(take) for each thread, with take(most) as above. Results must not depend on who does an item.
+// Calls f(take) for each thread, with take(most) as above. Results must not depend on who does an item. Of `before` each thread
+// does an equal part first: who is late with that finds less left to do after it.
 template <typename F>
-void share_out(int64_t count, const F& f) {
-  Shares shares(count, std::min<int64_t>(count, torch::stable::get_num_threads()));
+void share_out(const Work& before, int64_t count, const F& f) {
+  Shares shares(count, std::min<int64_t>(std::max(count, before.count), torch::stable::get_num_threads()));
   torch::stable::parallel_for(0, shares.threads(), 1, [&](int64_t thread, int64_t stop) {
+    before.run(before.count * thread / shares.threads(), before.count * stop / shares.threads());
     // More than one where there are fewer threads than were asked for: a last item is left to a thread that would never come.
     for (; thread < stop; ++thread) f([&](int64_t most) { return shares.take(thread, most); });
   });
