@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,11 @@ from dst_train.engine.predict import predict
 
 
 @torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, batches: Iterable[EvalBatch], dtype: torch.dtype) -> dict[str, float]:
+def evaluate(
+    engine: DeepSpeedEngine, batches: Iterable[EvalBatch], dtype: torch.dtype, stop_requested: Callable[[], bool]
+) -> dict[str, float] | None:
     """Mean cross-entropy (nats) and top-1 accuracy (0 to 1) over the valid samples of all ranks, or over all tokens of
-    the valid sequences. Collective.
+    the valid sequences. None if any rank was asked to stop before the last batch. Collective.
 
     Every rank must get the same number of batches, as ZeRO 3 gathers parameters in each forward pass; padding is
     marked in `valid` and does not count. dtype: of the inputs that the model expects, unless they are integers.
@@ -25,6 +27,11 @@ def evaluate(engine: DeepSpeedEngine, batches: Iterable[EvalBatch], dtype: torch
     engine.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for batch in batches:
+        stop = torch.tensor(float(stop_requested()), device=engine.device)
+        dist.all_reduce(stop)
+        if stop:
+            engine.train(was_training)
+            return None
         logits, targets = predict(engine, batch.inputs, batch.targets, dtype)
         valid = batch.valid.to(engine.device).repeat_interleave(len(targets) // len(batch.valid))
         losses = F.cross_entropy(logits, targets, reduction="none")

@@ -21,7 +21,7 @@ from dst_train.monitor import Monitor, RunDirectory
 
 @dataclass(frozen=True)
 class Outcome:
-    """finished: all steps are done. evaluation: loss and accuracy (0 to 1) on data.eval, empty without it."""
+    """finished: all steps are done, and the last evaluation. evaluation: loss and accuracy (0 to 1) on data.eval, empty without it."""
 
     run_directory: Path
     step: int
@@ -65,11 +65,8 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
                 monitor.message(f"topology {session.topology}")
             trainer = _trainer(job, plan, session, monitor, checkpoints, found, stop_requested)
             trainer.fit(plan.total_steps if stop_at is None else min(stop_at, plan.total_steps))
-            if trainer.step == plan.total_steps and not trainer.last_evaluation:
-                trainer.evaluate()  # a finished run that has got other data to evaluate on
         close_session(session)  # not after an error: the ranks are no longer in step, and the process ends
-        finished = trainer.step == plan.total_steps
-        return Outcome(directory.path, trainer.step, finished, trainer.last_evaluation)
+        return Outcome(directory.path, trainer.step, trainer.finished, trainer.last_evaluation)
     finally:
         monitor.close()
 
@@ -114,7 +111,7 @@ def _trainer(
         state = checkpoints.load(session.engine, found)
         trainer.load_state_dict(state["trainer"])
         if differences(found.job["data"]["eval"], job.model_dump(mode="json")["data"]["eval"]):
-            trainer.last_evaluation = {}
+            trainer.forget_evaluation()
         session.topology.load_state_dict(state["topology"])
         monitor.message(f"resumed {found.tag} at step {trainer.step} of {plan.total_steps}")
     return trainer

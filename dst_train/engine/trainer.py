@@ -57,6 +57,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self.skipped = 0
         self.last_evaluation: dict[str, float] = {}
+        self._evaluated_at = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -65,23 +66,33 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "last_evaluation": self.last_evaluation,
+            "evaluated_at": self._evaluated_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.bad_samples = state["step"], state["bad_samples"]
         self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.last_evaluation = state["last_evaluation"]
+        self.last_evaluation, self._evaluated_at = state["last_evaluation"], state["evaluated_at"]
+
+    def forget_evaluation(self) -> None:
+        """It was on other data than the job now names."""
+        self.last_evaluation, self._evaluated_at = {}, 0
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done, and so is the evaluation that belongs to the last one."""
+        return self.step == self._plan.total_steps and not self._evaluation_is_due()
 
     def fit(self, stop_at: int) -> bool:
         """Train up to optimiser step `stop_at`; returns False when a stop was requested before.
 
-        Every step that ends here for good, by `stop_at` or by request, leaves a checkpoint.
+        Every step that ends here for good, by `stop_at` or by request, leaves a checkpoint. A request is heeded within an
+        evaluation, too, as whoever asks may not wait for its end: it is done anew when the run continues.
         """
-        job, plan = self._job, self._plan
-        batches = data.train_loader(job, plan, rank=dist.get_rank(), start_step=self.step)
-        every_steps, eval_steps = job.checkpoint.every_steps, job.evaluate.every_epochs * plan.steps_per_epoch
+        job, every_steps = self._job, self._job.checkpoint.every_steps
+        stopped = not self._evaluate_if_due()
+        batches = data.train_loader(job, self._plan, rank=dist.get_rank(), start_step=self.step)
         window_started, window_steps = time.perf_counter(), 0
-        stopped = False
         while self.step < stop_at and not stopped:
             metrics, stopped = self._optimizer_step(batches)
             window_steps += 1
@@ -90,20 +101,27 @@ class Trainer:
                 self._log(metrics, seconds)
                 window_started, window_steps = time.perf_counter(), 0
             paused = time.perf_counter()
-            if self.step % eval_steps == 0 or self.step == plan.total_steps:
-                self.evaluate()
+            stopped = stopped or not self._evaluate_if_due()
             if self.step % every_steps == 0 or self.step == stop_at or stopped:
                 self._save(self.step)
             window_started += time.perf_counter() - paused
         return not stopped
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on data.eval; nothing when the job has none. Collective."""
-        if self._job.data.eval is not None:
+    def _evaluation_is_due(self) -> bool:
+        eval_steps = self._job.evaluate.every_epochs * self._plan.steps_per_epoch
+        here = self.step % eval_steps == 0 or self.step == self._plan.total_steps
+        return here and self._evaluated_at != self.step and self._job.data.eval is not None
+
+    def _evaluate_if_due(self) -> bool:
+        """Loss and accuracy on data.eval; False when a stop was requested meanwhile. Collective."""
+        if self._evaluation_is_due():
             batches = data.eval_loader(self._job, self._plan, rank=dist.get_rank())
-            self.last_evaluation = evaluate(self._engine, batches, self._session.input_dtype)
-            self._monitor.evaluation(self.step, scalars={f"eval/{k}": v for k, v in self.last_evaluation.items()})
-        return self.last_evaluation
+            found = evaluate(self._engine, batches, self._session.input_dtype, self._stop_requested)
+            if found is None:
+                return False
+            self.last_evaluation, self._evaluated_at = found, self.step
+            self._monitor.evaluation(self.step, scalars={f"eval/{k}": v for k, v in found.items()})
+        return True
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], bool]:
         """One optimiser step over all micro-batches; returns the metrics over all ranks and whether any rank must stop."""

@@ -91,9 +91,11 @@ def write_job(tmp_path: Path, digit_shards: Path) -> Write:
 def run_job(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs launch/train.py on `ranks` processes, as the launcher would; returns rank 0's, or the first one that failed."""
 
-    def run(job: Path, *arguments: str, ranks: int = 2, seconds: float = 180.0) -> subprocess.CompletedProcess[str]:
+    def run(
+        job: Path, *arguments: str, ranks: int = 2, seconds: float = 180.0, script: Path = ROOT / "launch/train.py"
+    ) -> subprocess.CompletedProcess[str]:
         folder, port, context = tmp_path_factory.mktemp("output"), processes.free_port(), processes.context()
-        script, command = ROOT / "launch/train.py", ["--job", str(job), *arguments]
+        command = ["--job", str(job), *arguments]
         outputs = [(folder / f"stdout{rank}", folder / f"stderr{rank}") for rank in range(ranks)]
         started = []
         for rank in range(ranks):

@@ -161,6 +161,47 @@ def test_a_finished_job_is_not_done_again(write_job: Any, run_job: Any, tmp_path
     assert float(accuracy) * 24 / 100 == pytest.approx(round(float(accuracy) * 24 / 100), abs=2e-3)
 
 
+INTERRUPTED_IN_THE_EVALUATION = f"""
+import os, runpy, signal
+from dst_train.engine import trainer
+
+evaluate = trainer.evaluate
+
+def interrupted(engine, batches, dtype, stop_requested):
+    def begun():
+        for batch in batches:
+            if os.environ["RANK"] == "1":
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+    return evaluate(engine, begun(), dtype, stop_requested)
+
+trainer.evaluate = interrupted
+runpy.run_path({str(ROOT / "launch/train.py")!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("steps", [20, 6], ids=["an epoch's", "the last"])
+def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
+    write_job: Any, run_job: Any, tmp_path: Path, steps: int
+) -> None:
+    whole = run_job(write_job(name="whole", train__steps=steps, schedule={}))
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED_IN_THE_EVALUATION)
+    halves = write_job(name="halves", train__steps=steps, schedule={})
+    first = run_job(halves, script=tmp_path / "interrupted.py")
+    assert first.returncode == 0, first.stderr
+    assert "stopped, run the same command to continue at step 6\n" in first.stdout
+    assert "eval/" not in first.stdout
+    second = run_job(halves)
+    assert second.returncode == 0, second.stderr
+    (finished,) = re.findall(r"finished .*", second.stdout)
+    assert finished in whole.stdout
+    series = [_scalars(tmp_path / "runs" / name, "eval/loss") for name in ("whole", "halves")]
+    assert series[0] == series[1] != []
+    if steps == 20:
+        paths = (tmp_path / "runs" / name / "checkpoints" / STEP_20 for name in ("whole", "halves"))
+        _assert_equal(*paths)
+
+
 def _scalars(run: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
