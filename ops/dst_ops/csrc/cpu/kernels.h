@@ -265,16 +265,17 @@ static void accumulate(const T* shorter, const T* longer, const Class* classes, 
   }
 }
 
-// u[D + d] = longer[D + d ... + lanes), d = 0 ... Count - 1: by loads and, where one instruction does it, by shifting
-// neighbouring vectors in turn, since loads of addresses that are not aligned take twice the time of a multiply-add.
+// u[D + d] = longer[D + d ... + lanes), d = 0 ... Count - 1: by loads and, where one instruction does it, two in three by
+// shifting neighbouring vectors, since a load of an address that is not aligned takes twice the time of a multiply-add, and shifts
+// go where multiply-adds go, too.
 template <int D, int Count, typename T>
 static inline void windows(const T* longer, V<T> low, V<T> high, V<T>* u) {
   u[D] = load(longer + D);
 #if defined(__AVX512F__)
   typedef long long Integers __attribute__((vector_size(64)));
   const auto integers = [](V<T> v) { return reinterpret_cast<__m512i>(reinterpret_cast<Integers>(v)); };
-  if constexpr (D % 2 == 1 && sizeof(T) == 4) u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi32(integers(high), integers(low), D));
-  if constexpr (D % 2 == 1 && sizeof(T) == 8) u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi64(integers(high), integers(low), D));
+  if constexpr (D % 3 != 0 && sizeof(T) == 4) u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi32(integers(high), integers(low), D));
+  if constexpr (D % 3 != 0 && sizeof(T) == 8) u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi64(integers(high), integers(low), D));
 #endif
   if constexpr (D + 1 < Count) windows<D + 1, Count>(longer, low, high, u);
 }
