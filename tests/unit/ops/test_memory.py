@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import dst_ops
 from tests.unit.ops.process import python
 
 # Resident memory above what was there before the call, at most. VmHWM is the peak since the last write to clear_refs. Each
@@ -70,3 +72,11 @@ def test_temporaries_take_at_most_twice_the_larger_of_x_and_y(
     for line in done.stdout.splitlines():
         name, peak = line.split()
         assert int(peak) <= 2 * larger, f"{name}: {int(peak) / 2**20:.1f} MiB, at most {2 * larger / 2**20:.1f}"
+
+
+@pytest.mark.cpu_only
+def test_a_result_that_no_memory_can_hold_is_refused() -> None:
+    assert dst_ops.load()
+    x, values, offsets = torch.zeros(2**23, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=f"no memory for a result of {2**46} numbers; use fewer tokens at a time"):
+        torch.ops.dst_ops.linear(x, values, offsets, 2**23, 1)
