@@ -24,6 +24,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 MANIFEST = "manifest.json"
 CLIENT_KEY = "dst_train"
+FORMAT = 2  # of what is saved beside DeepSpeed's own; another number after every change of it
 
 
 class CheckpointError(RuntimeError):
@@ -38,6 +39,7 @@ class Found:
     step: int
     world_size: int
     job: dict[str, Any]
+    format: int
 
 
 class Checkpoints:
@@ -71,7 +73,7 @@ class Checkpoints:
         dist.barrier()
         notes = [f"checkpoint {tag}"]
         if self._rank == 0:
-            self._commit(tag, staging, {"step": step, "world_size": dist.get_world_size(), **facts})
+            self._commit(tag, staging, {"format": FORMAT, "step": step, "world_size": dist.get_world_size(), **facts})
             notes += self._prune(tag)
         dist.barrier()
         return notes
@@ -81,11 +83,16 @@ class Checkpoints:
 
         Raises:
             CheckpointError: on every rank, when there are checkpoints and none of them verifies, or when it was written by
-                another number of ranks.
+                another number of ranks, or in another format.
         """
         found, bad = _broadcast(search(self._root) if self._rank == 0 else None)
         if found is None and bad:
             raise CheckpointError(f"no checkpoint under {self._root} can be used: {'; '.join(bad)}")
+        if found is not None and found.format != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {self._root / found.tag} has format {found.format} and this version of dst-train reads format "
+                f"{FORMAT}; continue with the version that wrote it, or give the job another name, under which it starts anew"
+            )
         now = dist.get_world_size()
         if found is not None and found.world_size != now:
             raise CheckpointError(
@@ -138,7 +145,8 @@ def search(root: Path) -> tuple[Found | None, list[str]]:
         problem = _problem(root / tag)
         if problem is None:
             facts = json.loads((root / tag / MANIFEST).read_text())
-            return Found(tag, facts["step"], facts["world_size"], facts["job"]), bad
+            # Before there was a number, it was 1.
+            return Found(tag, facts["step"], facts["world_size"], facts["job"], facts.get("format", 1)), bad
         bad.append(f"{tag}: {problem}")
     return None, bad
 

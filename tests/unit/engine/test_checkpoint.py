@@ -159,6 +159,19 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
         checkpoints.newest()
 
 
+@pytest.mark.parametrize(("line", "number"), [("", 1), ('"format": 3,', 3)], ids=["none", "later"])
+def test_another_format_is_refused(tmp_path: Path, line: str, number: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    _save(checkpoints, 1)
+    manifest = tmp_path / "step-00000001/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2,', line))
+    message = (
+        f"step-00000001 has format {number} and this version of dst-train reads format 2; continue with the version"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.newest()
+
+
 def test_loading_restores_state_and_random_numbers(tmp_path: Path) -> None:
     import random
 
@@ -181,7 +194,7 @@ def test_loading_errors(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     engine: Any = FakeEngine()
     with pytest.raises(CheckpointError, match=r"DeepSpeed could not load .* on rank 0"):
-        checkpoints.load(engine, checkpoint.Found("step-00000007", 7, 1, {}))
+        checkpoints.load(engine, checkpoint.Found("step-00000007", 7, 1, {}, checkpoint.FORMAT))
 
 
 def test_a_run_without_a_checkpoint_has_no_model(tmp_path: Path) -> None:
