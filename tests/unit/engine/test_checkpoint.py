@@ -159,14 +159,14 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
         checkpoints.newest()
 
 
-@pytest.mark.parametrize(("line", "number"), [("", 1), ('"format": 3,', 3)], ids=["none", "later"])
+@pytest.mark.parametrize(("line", "number"), [("", 1), ('"format": 99,', 99)], ids=["none", "later"])
 def test_another_format_is_refused(tmp_path: Path, line: str, number: int) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     _save(checkpoints, 1)
     manifest = tmp_path / "step-00000001/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2,', line))
+    manifest.write_text(manifest.read_text().replace(f'"format": {checkpoint.FORMAT},', line))
     message = (
-        f"step-00000001 has format {number} and this version of dst-train reads format 2; continue with the version"
+        f"step-00000001 has format {number} and this version of dst-train reads format {checkpoint.FORMAT}; continue"
     )
     with pytest.raises(CheckpointError, match=message):
         checkpoints.newest()

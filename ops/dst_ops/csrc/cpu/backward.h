@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "few.h"
 #include "gradient.h"
@@ -20,15 +19,15 @@ template <typename In, typename T = typename SumOf<In>::type>
 void backward(const In* dy, const In* x, const In* values, In* dx, T* dvalues, T* dbias, const Units& units, int64_t B, int64_t M, int64_t N) {
   const Kernels<In>& kernel = kernels<In>();
   const int64_t rows = rows_of_sums<In>(B), ld = row_of_sums(M);
-  const std::unique_ptr<T[]> sums(new T[rows * ld]);
+  T* const sums = scratch<T, token_sums_id>(rows * ld);
   const Work work = gradient(M >= N ? x : dy, M >= N ? dy : x, dvalues, units, B, std::max(M, N), std::min(M, N));
   if (B > few_tokens) {
-    product<In>(dy, values, nullptr, dx, units, B, M, N, M < N, sums.get(), work);
+    product<In>(dy, values, nullptr, dx, units, B, M, N, M < N, sums, work);
   } else {
     torch::stable::parallel_for(0, work.count, 1, work.run);
     few_product<In>(dy, values, nullptr, dx, units, B, M, N, M < N);
     for (int64_t r = 0, b = 0; r < rows; ++r, b += kernel.tokens)
-      kernel.transpose_in(dy + b * M, M, std::min<int64_t>(kernel.tokens, B - b), M, scratch<T, rows_id>(M * kernel.tokens), sums.get() + r * ld);
+      kernel.transpose_in(dy + b * M, M, std::min<int64_t>(kernel.tokens, B - b), M, scratch<T, rows_id>(M * kernel.tokens), sums + r * ld);
   }
   std::fill_n(dbias, M, T(0));
   torch::stable::parallel_for(0, (M + sums_tile - 1) / sums_tile, 1, [&](int64_t begin, int64_t stop) {

@@ -28,7 +28,7 @@ bool wide_first_level() {
 #endif
 }
 
-enum { packed_id, rows_id, sums_id, gradient_id };
+enum { packed_id, rows_id, sums_id, gradient_id, token_sums_id };
 
 // One block for each ID, aligned to a cache line, content undefined: pages fresh from the system would cost more than
 // what is written to them.
