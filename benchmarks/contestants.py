@@ -56,14 +56,20 @@ class Contestant:
 class Layer:
     """The tensors of a case, and its contestants."""
 
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float32, run: int | None = None) -> None:
+        """run: how many tokens lie side by side; None: the features of each do."""
         random = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=random).to(dtype).requires_grad_()
 
+        def tokens(features: int) -> Tensor:
+            if run is None:
+                return normal(case.tokens, features).detach()
+            return normal(case.tokens // run, features, run).detach().mT
+
         self.case, self.dtype = case, dtype
-        self.x, self.dy = normal(case.tokens, case.n), normal(case.tokens, case.m).detach()
+        self.x, self.dy = tokens(case.n).requires_grad_(), tokens(case.m)
         self.values, self.bias = normal(case.diagonals, min(case.m, case.n)), normal(case.m)
         self.offsets = torch.randperm(max(case.m, case.n) // case.band, generator=random)[: case.units].int()
         self.sizes: dict[str, Any] = {"out_features": case.m, "in_features": case.n, "band": case.band}
@@ -131,6 +137,11 @@ class Layer:
             return y.t() + self.bias
 
         return self.contestant("gather/scatter", forward, self.values, slow=True)
+
+
+def transposed(case: Case) -> list[Contestant]:
+    layer = Layer(case, run=512)
+    return [layer.ours(), layer.dense()]
 
 
 def against_dense(case: Case) -> list[Contestant]:

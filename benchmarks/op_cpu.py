@@ -17,6 +17,7 @@ diagonals; bands are whole, so that K / P is not always exactly the density aske
 - bf16 and fp16: dense fp16 without backward, for which torch 2.14 takes seconds a call on a CPU without fp16
   arithmetic.
 - A few tokens: ten times the calls, as these are short.
+- Tokens side by side: x and dy are transposed, 512 tokens of each of 8 images in turn, as in the token mixing of Mixer-S/16.
 - Scores: `diagonal_scores` against `dy.t() @ x`, the dense product inside it.
 
 Memory that is freed stays in the process, for all contestants alike: glibc would give large blocks back, take fresh
@@ -34,7 +35,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from contestants import Case, Contestant, against_dense, alternatives, dtypes, scores
+from contestants import Case, Contestant, against_dense, alternatives, dtypes, scores, transposed
 from limits import Limits, measure
 from measuring import Times, load, start, take_turns, write_results
 
@@ -88,6 +89,13 @@ PARTS = [
         "bf16 and fp16",
         [Case(*shape, 0.9, band) for shape in [(2048, 768, 3072), (2048, 3072, 768)] for band in (1, 16)],
         dtypes,
+        (FORWARD, BOTH),
+    ),
+    Part(
+        "transposed",
+        "Tokens side by side, fp32",
+        [Case(4096, n, m, 0.9, band) for n, m in [(196, 256), (256, 196)] for band in (1, 4)],
+        transposed,
         (FORWARD, BOTH),
     ),
     Part(

@@ -40,7 +40,8 @@ def diagonal_linear(
         activation: None or "gelu" (exact), which the CUDA kernels apply before they write y.
 
     Returns:
-        y: [..., out_features] in the dtype of x, contiguous.
+        y: [..., out_features] in the dtype of x, contiguous. On the CPU, if x is the transpose of a contiguous tensor and has
+            at least 64 tokens in its last dimension but one, so is y, and neither is copied.
 
     Raises:
         ValueError: naming the argument, its value and what was expected. Values of offsets are checked in eager mode
@@ -67,7 +68,7 @@ def diagonal_linear(
         _check(bias.device == x.device, "bias", "device", bias.device, "the device of x, {}", x.device)
     if device == "cpu" and not torch.compiler.is_compiling() and not build.load():
         _check_numbers(offsets, out_features, in_features, band)  # the compiled kernels check them themselves
-    x = x.contiguous()  # here, so that the gradient of values finds the copy that the forward pass made
+    x = reference.as_taken(x)  # here, so that the gradient of values finds the copy that the forward pass made
     _check(activation in (None, "gelu"), "activation", "", repr(activation), "None or 'gelu'")
     try:
         if activation == "gelu":

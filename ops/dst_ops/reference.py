@@ -10,6 +10,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEAST_RUN = 64  # tokens; csrc/cpu/layout.h has the same number
+
+
+def is_feature_major(x: Tensor) -> bool:
+    """Whether the tokens of a feature lie side by side in x [..., tokens, features], as in a transposed tensor, on the CPU.
+
+    Kernels for the CPU read such tensors as they are, and give results that lie likewise.
+    """
+    # Contiguous first: a traced program then depends on no number of tokens.
+    return (
+        x.device.type == "cpu"
+        and x.dim() >= 2
+        and not x.is_contiguous()
+        and x.mT.is_contiguous()
+        and x.shape[-2] >= LEAST_RUN
+    )
+
+
+def as_taken(x: Tensor) -> Tensor:
+    """x, copied unless it lies as kernels take it."""
+    return x if is_feature_major(x) else x.contiguous()
+
+
+def empty(x: Tensor, features: int) -> Tensor:
+    """A result [..., features] for x."""
+    if is_feature_major(x):
+        return x.new_empty((*x.shape[:-2], features, x.shape[-2])).mT
+    return x.new_empty((*x.shape[:-1], features))
+
 
 def candidates(offsets: Tensor, band: int) -> Tensor:
     """Unit numbers [U] -> candidate diagonals [U * band], int64: unit u is u * band ... (u + 1) * band - 1."""
@@ -37,7 +66,7 @@ def linear(
     wide = sum_dtype(x)
     weight = to_dense(values.to(wide), offsets, out_features, x.shape[-1], band)
     y = x.to(wide) @ weight.t()
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+    return empty(x, out_features).copy_(y if bias is None else y + bias.to(wide))
 
 
 def linear_gelu(
@@ -50,7 +79,8 @@ def linear_gelu(
 
 def linear_transposed(dy: Tensor, values: Tensor, offsets: Tensor, in_features: int, band: int) -> Tensor:
     wide = sum_dtype(dy)
-    return (dy.to(wide) @ to_dense(values.to(wide), offsets, dy.shape[-1], in_features, band)).to(dy.dtype)
+    weight = to_dense(values.to(wide), offsets, dy.shape[-1], in_features, band)
+    return empty(dy, in_features).copy_(dy.to(wide) @ weight)
 
 
 def dvalues(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:

@@ -58,20 +58,20 @@ for _name in (*IN_CPU_LIBRARY, "linear_gelu"):
 
 @torch.library.register_fake("dst_ops::linear")
 def _(x: Tensor, values: Tensor, offsets: Tensor, out_features: int, band: int, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    return reference.empty(x, out_features)
 
 
 @torch.library.register_fake("dst_ops::linear_gelu")
 def _(
     x: Tensor, values: Tensor, offsets: Tensor, out_features: int, band: int, bias: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    y = x.new_empty((*x.shape[:-1], out_features))
+    y = reference.empty(x, out_features)
     return y, torch.empty_like(y) if keep else x.new_empty(0)
 
 
 @torch.library.register_fake("dst_ops::linear_transposed")
 def _(dy: Tensor, values: Tensor, offsets: Tensor, in_features: int, band: int) -> Tensor:
-    return dy.new_empty((*dy.shape[:-1], in_features))
+    return reference.empty(dy, in_features)
 
 
 @torch.library.register_fake("dst_ops::dvalues")
@@ -83,7 +83,7 @@ def _(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
 def _(dy: Tensor, x: Tensor, values: Tensor, offsets: Tensor, band: int) -> tuple[Tensor, Tensor, Tensor]:
     wide = reference.sum_dtype(x)
     dvalues = x.new_empty(values.shape, dtype=wide)
-    return x.new_empty(x.shape), dvalues, x.new_empty(dy.shape[-1], dtype=wide)
+    return reference.empty(dy, x.shape[-1]), dvalues, x.new_empty(dy.shape[-1], dtype=wide)
 
 
 @torch.library.register_fake("dst_ops::diagonal_sums")
@@ -109,7 +109,7 @@ def _gradients(ctx: Any, dy: Tensor, x: Tensor, values: Tensor, offsets: Tensor)
     if dy.device.type == "cpu" and need[0] and need[1] and not torch.is_grad_enabled():
         dx, dvalues, dbias = ops.linear_backward(dy, x, values, offsets, ctx.band)
     else:
-        dy = dy.contiguous()  # once, not in each of the two ops
+        dy = reference.as_taken(dy)  # once, not in each of the two ops
         if need[0]:
             dx = ops.linear_transposed(dy, values, offsets, x.shape[-1], ctx.band)
         if need[1]:

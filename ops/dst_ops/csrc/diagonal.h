@@ -61,6 +61,9 @@ struct Kernels {
   void (*add_absolute)(const In* in, long count, T* to);
   void (*transpose_in)(const In* in, long ld, long count, long features, T* to, T* sums);
   void (*transpose_out)(const T* sums, long count, long features, const T* bias, In* out, long ld);
+  void (*copy_in)(const In* in, long ld, long count, long features, T* to, T* sums);
+  void (*copy_out)(const T* sums, long count, long features, const T* bias, In* out, long ld);
+  void (*transpose_rows)(const In* in, long ld, long count, long features, T* to);
   void (*pack)(const In* values, long length, long period, const Diagonals& d, bool along_input, const Part* parts, long count, T* to);
   void (*multiply)(const T* x, const Diagonals& d, const T* weight, T* sums, long from, long to);
   void (*few)(const T* x, long ld, long count, const In* values, long length, long period, const Diagonals& d, bool along_input, long output, long many,

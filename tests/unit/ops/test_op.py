@@ -182,6 +182,44 @@ def test_non_contiguous_inputs() -> None:
     assert all(torch.equal(whole[k], strided[k]) for k in whole)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [(64,), (2, 3, 65), (3, 100), (2, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(24, 60, 9, 1), (97, 33, 6, 1), (48, 32, 2, 8), (64, 96, 2, 16)], ids=str)
+def test_a_transposed_tensor_is_taken_and_given_as_it_is(
+    shape: tuple[int, int, int, int], batch: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    c = case(*shape, dtype, batch)
+    whole = _actual(c)
+    for transposed in (("x",), ("dy",), ("x", "dy")):
+        given = {**c, **{k: c[k].mT.contiguous().mT for k in transposed}}
+        got = _actual(given)
+        assert got["y"].mT.is_contiguous() == ("x" in transposed)
+        assert got["dx"].mT.is_contiguous() == ("dy" in transposed)
+        # A number of the product is one sum in one order, wherever it stands; the gradients of values and bias are sums over tokens.
+        assert torch.equal(got["y"], whole["y"])
+        assert torch.equal(got["dx"], whole["dx"])
+        assert_as_good_as_dense(given)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("tokens", [3, 100, 1000])
+def test_a_weight_without_diagonals_gives_the_bias_and_no_gradients(tokens: int) -> None:
+    ops, x, dy, bias = torch.ops.dst_ops, torch.randn(tokens, 9), torch.randn(tokens, 5), torch.randn(5)
+    values, offsets = torch.empty(0, 5), torch.empty(0, dtype=torch.int32)
+    assert torch.equal(ops.linear(x, values, offsets, 5, 1, bias), bias.expand(tokens, 5))
+    dx, dvalues, _ = ops.linear_backward(dy, x, values, offsets, 1)
+    assert torch.equal(dx, torch.zeros(tokens, 9))
+    assert dvalues.shape == ops.dvalues(dy, x, offsets, 1).shape == (0, 5)
+
+
+@pytest.mark.cpu_only
+def test_few_tokens_side_by_side_are_copied() -> None:
+    c = case(24, 60, 9, 1, torch.float32, (5, 63))
+    c["x"] = c["x"].mT.contiguous().mT
+    assert _actual(c)["y"].is_contiguous()
+
+
 # Products and gradients that take several chunks of rows, blocks of outputs, or segments of packed weights.
 @pytest.mark.parametrize(
     ("shape", "rows"),
@@ -239,9 +277,10 @@ def test_first_and_second_derivatives(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("tokens", [37, 1000])
 @pytest.mark.parametrize("shape", [(100, 300, 20, 1), (300, 100, 20, 1), (96, 96, 2, 16)], ids=str)
-def test_bits_do_not_depend_on_threads_or_slots(shape: tuple[int, int, int, int]) -> None:
-    c = case(*shape, torch.float32, (37,))
+def test_bits_do_not_depend_on_threads_or_slots(shape: tuple[int, int, int, int], tokens: int) -> None:
+    c = case(*shape, torch.float32, (tokens,))
     before = torch.get_num_threads()
     try:
         results = []
@@ -434,11 +473,15 @@ def test_the_other_functions_check_too() -> None:
             (torch.zeros(2, 4), torch.zeros(2, 0), torch.zeros(1, dtype=torch.int32), 1),
             "at least one feature",
         ),
-        ("dvalues", (torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor([0], dtype=torch.int32), 1), "as many rows"),
+        (
+            "dvalues",
+            (torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor([0], dtype=torch.int32), 1),
+            "one shape but for the last",
+        ),
         (
             "linear_backward",
             (torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(1, 4), torch.tensor([0], dtype=torch.int32), 1),
-            "as many rows",
+            "one shape but for the last",
         ),
         (
             "linear_backward",

@@ -39,6 +39,24 @@ def test_opcheck(shape: tuple[int, int, int, int], dtype: torch.dtype, op: str) 
     torch.library.opcheck(getattr(torch.ops.dst_ops, op).default, arguments[op])
 
 
+@pytest.mark.cpu_only
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("op", ["linear", "linear_gelu", "linear_transposed", "linear_backward"])
+@pytest.mark.parametrize("transposed", [("x",), ("dy",), ("x", "dy")], ids=str)
+def test_opcheck_of_transposed_tensors(transposed: tuple[str, ...], op: str) -> None:
+    c = case(24, 60, 9, 1, torch.float32, (2, 70))
+    for name in transposed:
+        c[name] = c[name].mT.contiguous().mT
+    x, dy, values, offsets = c["x"], c["dy"], c["values"], c["offsets"]
+    arguments: dict[str, tuple[Any, ...]] = {
+        "linear": (x, values, offsets, 24, 1, c["bias"]),
+        "linear_gelu": (x, values, offsets, 24, 1, c["bias"], True),
+        "linear_transposed": (dy, values, offsets, 60, 1),
+        "linear_backward": (dy, x, values, offsets, 1),
+    }
+    torch.library.opcheck(getattr(torch.ops.dst_ops, op).default, arguments[op])
+
+
 @pytest.mark.parametrize("op", ["linear", "linear_gelu", "linear_transposed", "dvalues"])
 def test_second_derivatives_of_every_op(op: str) -> None:
     c = case(5, 7, 3, 1, torch.float64, (3,))
@@ -71,6 +89,23 @@ def test_compiles_for_any_batch() -> None:
     for rows in (3, 4, 9):
         x = torch.randn(rows, 60)  # on the tests' device, as all of these
         assert torch.equal(compiled(c, x, c["values"], None), _linear(c, x, c["values"], None))
+
+
+@pytest.mark.cpu_only
+def test_compiles_between_transpositions() -> None:
+    c = case(60, 60, 9, 1, torch.float32, (2, 80))
+
+    def mixed(x: Tensor, values: Tensor) -> Tensor:
+        y = torch.relu(_linear(c, x.mT, values, c["bias"]))
+        return _linear(c, y, values, None).mT + x
+
+    results = []
+    for function in (mixed, torch.compile(mixed, fullgraph=True, backend="aot_eager")):
+        x, values = c["x"].mT.contiguous().requires_grad_(), c["values"].clone().requires_grad_()
+        y = function(x, values)
+        assert y.is_contiguous()
+        results.append((y, *torch.autograd.grad(y, (x, values), c["dy"].mT)))
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results, strict=True))
 
 
 # Nothing beside the op: inductor would spend half a minute in the C++ compiler on one addition.

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "layout.h"
 #include "memory.h"
 #include "shares.h"
 #include "units.h"
@@ -28,17 +29,30 @@ namespace {
 // Windows of single diagonals that stay in the first-level cache together, and gradients of some tiles in the second.
 constexpr int64_t window_bytes = 24 * 1024, gradient_bytes = 512 * 1024;
 
+// Of a small layer, parts of the tokens are summed apart, so that there are items for many threads: of as many tokens at least.
+constexpr int64_t enough_items = 64, part_tokens = 256;
+
 // Rows that pass by the sums of a band.
 constexpr int64_t band_rows = 16;
 
-// to[0..count) = row[(from + i) mod period] where from + i lies in [0, length), 0 elsewhere; length is at most period.
+// to[r][i] = feature (from + i) mod period of token b + r, or 0 if that is none, for `rows` tokens and i below count. Rows of `to` are
+// gradient_stride apart, and written as transpose_rows() does where tokens lie side by side.
 template <typename In, typename T = typename SumOf<In>::type>
-void copy_periodic(const In* row, int64_t length, int64_t period, int64_t from, int64_t count, T* to) {
-  while (count > 0) {
-    const int64_t at = (from % period + period) % period, many = std::min(count, (at < length ? length : period) - at);
-    if (at < length) kernels<In>().convert(row + at, many, to);
-    else std::fill_n(to, many, T(0));
-    from += many, to += many, count -= many;
+void copy_periodic(const Operand<In>& in, int64_t b, int64_t rows, int64_t period, int64_t from, int64_t count, T* to) {
+  constexpr int64_t ld = gradient_stride / sizeof(T);
+  for (int64_t i = 0, many; i < count; i += many) {
+    const int64_t at = ((from + i) % period + period) % period;
+    many = std::min(count - i, (at < in.features ? in.features : period) - at);
+    if (i < period && at < in.features && in.layout.feature_major) {
+      kernels<In>().transpose_rows(in.at(b, at), in.step(), rows, many, to + i);
+      continue;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      T* const row = to + r * ld + i;
+      if (i >= period) std::copy_n(row - period, many, row);
+      else if (at < in.features) kernels<In>().convert(in.at(b + r, at), many, row);
+      else std::fill_n(row, many, T(0));
+    }
   }
 }
 
@@ -79,10 +93,17 @@ std::vector<Chunk> chunks_of(const Units& units, int64_t width, int64_t P, int64
   return chunks;
 }
 
-// longer [B, P], shorter [B, L], grad [K, L]. Items are shared out once, not taken over: who comes later would have to copy the
-// rows again.
+struct Gradient {
+  Work work;
+  std::function<void()> finish;  // after all work is done
+};
+
+// dy [B, M], x [B, N] of one shape but for the last dimension, grad [K, L]. Items are shared out once, not taken over: who comes
+// later would have to copy the rows again.
 template <typename In, typename T = typename SumOf<In>::type>
-Work gradient(const In* shorter, const In* longer, T* grad, const Units& units, int64_t B, int64_t P, int64_t L) {
+Gradient gradient(const Operand<In>& dy, const Operand<In>& x, T* grad, const Units& units) {
+  const Operand<In>&shorter = dy.features >= x.features ? x : dy, &longer = dy.features >= x.features ? dy : x;
+  const int64_t P = longer.features, L = shorter.features;
   const Kernels<In>& kernel = kernels<In>();
   const bool band = units.width % 4 == 0;
   const int64_t width = band ? std::gcd<int64_t>(units.width, 16) : 1, rows = band ? band_rows : kernel.rows, tile = band ? kernel.band_tile : kernel.tile;
@@ -91,14 +112,22 @@ Work gradient(const In* shorter, const In* longer, T* grad, const Units& units, 
   const int64_t ld = gradient_stride / sizeof(T), beyond = width + 2 * kernel.vector_bytes / int64_t(sizeof(T)) + align;
   std::vector<Chunk> chunks = chunks_of(units, width, P, window, align);
 
-  // Tile t of a diagonal covers l = t * tile - remainder ...; every (chunk, tile) is computed by itself, in one order of
+  // Tile t of a diagonal covers l = t * tile - remainder ...; every (part, chunk, tile) is computed by itself, in one order of
   // tokens, so that the result does not depend on who computes it.
-  const int64_t tiles = (L + align - 1 + tile - 1) / tile;
+  const int64_t tiles = (L + align - 1 + tile - 1) / tile, entries = static_cast<int64_t>(units.list.size()) * units.width * L;
   const int64_t items = static_cast<int64_t>(chunks.size()) * tiles;
-  return {items, [=, &kernel, chunks = std::move(chunks)](int64_t begin, int64_t stop) {
-    T *const shorts = scratch<T, sums_id>(rows * ld), *const longs = scratch<T, rows_id>(rows * ld);
+  // Tokens that are copied together: where they lie side by side, as many as a square of vectors transposes.
+  const Layout& runs = shorter.layout.feature_major ? shorter.layout : longer.layout;
+  const int64_t copied = runs.feature_major ? std::max<int64_t>(rows, kernel.vector_bytes / sizeof(T)) : rows, copies = runs.tiles(copied);
+  const int64_t most_parts = entries == 0 ? 1 : std::max<int64_t>(1, std::min(runs.tokens / part_tokens, runs.tokens * P / entries));
+  const int64_t parts = std::min(most_parts, (enough_items - 1) / std::max<int64_t>(1, items) + 1);
+  T* const sums_of_parts = parts > 1 ? scratch<T, parts_id>(parts * entries) : grad;
+  const auto run = [=, &kernel, chunks = std::move(chunks)](int64_t begin, int64_t stop) {
+    T *const shorts = scratch<T, sums_id>(copied * ld), *const longs = scratch<T, rows_id>(copied * ld);
     while (begin < stop) {
-      const Chunk& chunk = chunks[begin / tiles];
+      const Chunk& chunk = chunks[begin / tiles % chunks.size()];
+      const int64_t part = begin / items;
+      T* const out = sums_of_parts + part * entries;
       const int64_t K = static_cast<int64_t>(chunk.diagonals.size()), t0 = begin % tiles;
       const int64_t most = std::clamp<int64_t>(gradient_bytes / (K * tile * int64_t(sizeof(T))), 1, (ld - window - 2 * beyond) / tile);
       const int64_t t1 = std::min({tiles, t0 + most, t0 + stop - begin});
@@ -107,36 +136,46 @@ Work gradient(const In* shorter, const In* longer, T* grad, const Units& units, 
       const int64_t many = (t1 - t0) * tile, span = many + chunk.span + beyond, l0 = t0 * tile;
       T* const sums = scratch<T, gradient_id>(many * K);
       std::fill_n(sums, many * K, T(0));
-      for (int64_t b = 0; b < B; b += rows) {
-        const int64_t now = std::min(rows, B - b), next = b + now, next_many = std::min(rows, B - next);
-        for (int64_t r = 0; r < now; ++r) {
-          // The short row is zero outside [0, L): a period that the tile cannot leave.
-          copy_periodic(shorter + (b + r) * L, L, 2 * (L + tile + align), l0 - align, align + many, shorts + r * ld);
-          copy_periodic(longer + (b + r) * P, P, P, l0 + chunk.low, span, longs + r * ld);
-        }
-        for (int64_t r = now; r < kernel.rows && !band; ++r) {
+      for (int64_t c = copies * part / parts, end = copies * (part + 1) / parts; c < end; ++c) {
+        const int64_t b = runs.begin(c, copied), now = runs.count(c, copied);
+        const int64_t next = std::min(c + 1, end - 1), next_b = runs.begin(next, copied), next_many = next > c ? runs.count(next, copied) : 0;
+        // The shorter rows are zero outside [0, L): a period that the tile cannot leave.
+        copy_periodic(shorter, b, now, 2 * (L + tile + align), l0 - align, align + many, shorts);
+        copy_periodic(longer, b, now, P, l0 + chunk.low, span, longs);
+        for (int64_t r = now; r % kernel.rows != 0 && !band; ++r) {
           std::fill_n(shorts + r * ld, align + many, T(0));
           std::fill_n(longs + r * ld, span, T(0));
         }
-        for (int64_t t = 0; t < t1 - t0; ++t) {
-          // The next rows come from memory meanwhile.
-          const int64_t at = (l0 + chunk.low) % P;
-          prefetch(shorter + next * L, L, 0, next_many, l0 + t * tile, l0 + (t + 1) * tile);
-          prefetch(longer + next * P, P, 0, next_many, at + span * t / (t1 - t0), at + span * (t + 1) / (t1 - t0));
-          const T *const s = shorts + align + t * tile, *const u = longs + t * tile;
-          T* const to = sums + t * K * tile;
-          if (!band) kernel.accumulate(s, u, chunk.classes.data(), static_cast<long>(chunk.classes.size()), chunk.start.data(), to);
-          else for (int64_t k = 0; k < K; k += width) kernel.accumulate_band(s, u + chunk.start[k], now, width, to + k * tile);
-        }
+        for (int64_t r = 0; r < now; r += rows)
+          for (int64_t t = 0; t < t1 - t0; ++t) {
+            if (r == 0) {  // the next tokens come from memory meanwhile
+              const int64_t at = (l0 + chunk.low) % P;
+              prefetch(shorter, next_b, next_many, l0 + t * tile, l0 + (t + 1) * tile);
+              prefetch(longer, next_b, next_many, at + span * t / (t1 - t0), at + span * (t + 1) / (t1 - t0));
+            }
+            const T *const s = shorts + r * ld + align + t * tile, *const u = longs + r * ld + t * tile;
+            T* const to = sums + t * K * tile;
+            if (!band) kernel.accumulate(s, u, chunk.classes.data(), static_cast<long>(chunk.classes.size()), chunk.start.data(), to);
+            else for (int64_t k = 0; k < K; k += width) kernel.accumulate_band(s, u + chunk.start[k], std::min(rows, now - r), width, to + k * tile);
+          }
       }
       for (int64_t k = 0; k < K; ++k)
         for (int64_t t = t0; t < t1; ++t) {
           const Chunk::Diagonal& d = chunk.diagonals[k];
           const int64_t l = t * tile - d.offset % align, from = std::max<int64_t>(l, 0), to = std::min(l + tile, L);
-          if (from < to) std::copy_n(sums + ((t - t0) * K + k) * tile + from - l, to - from, grad + d.slot * L + from);
+          if (from < to) std::copy_n(sums + ((t - t0) * K + k) * tile + from - l, to - from, out + d.slot * L + from);
         }
     }
-  }};
+  };
+  const auto finish = [=] {
+    if (parts == 1) return;
+    torch::stable::parallel_for(0, entries, 1 << 14, [&](int64_t begin, int64_t stop) {
+      std::copy(sums_of_parts + begin, sums_of_parts + stop, grad + begin);
+      for (int64_t p = 1; p < parts; ++p)
+        for (int64_t i = begin; i < stop; ++i) grad[i] += sums_of_parts[p * entries + i];
+    });
+  };
+  return {{parts * items, run}, finish};
 }
 
 }  // namespace

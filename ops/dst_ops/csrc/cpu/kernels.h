@@ -3,34 +3,9 @@
 // with AVX-512 could be the copy that the linker keeps for everybody.
 #pragma once
 
-#include "vectors.h"
+#include "tiles.h"
 
 namespace dst_ops::DST_OPS_ISA {
-
-// A tile of outputs with tokens in the lanes: DST_OPS_OUTPUTS outputs of `token_vectors` vectors of tokens.
-constexpr int outputs = DST_OPS_OUTPUTS, token_vectors = DST_OPS_TOKEN_VECTORS;
-template <typename T>
-constexpr int tokens = token_vectors* lanes<T>;
-
-// A tile with features in the lanes: DST_OPS_ROWS rows times this many vectors; sums and weights fill the 16 (AVX-512: 32) registers.
-constexpr int rows = DST_OPS_ROWS, columns = 3;
-template <typename T>
-constexpr int tile_width = columns* lanes<T>;
-
-// A tile of features for the gradients of bands.
-template <typename T>
-constexpr int band_tile = 4 * lanes<T>;
-
-template <typename In, typename T = typename SumOf<In>::type>
-static void convert(const In* in, long count, T* to) {
-  constexpr int n = lanes<T>;
-  long i = 0;
-  for (; i + n <= count; i += n) store(to + i, load(in + i));
-  In rest[n] = {};
-  for (long r = i; r < count; ++r) rest[r - i] = in[r];
-  const V<T> v = load(rest);
-  for (long r = i; r < count; ++r) to[r] = v[r - i];
-}
 
 // to[i] += |in[i]|
 template <typename In, typename T = typename SumOf<In>::type>
@@ -39,81 +14,7 @@ static void add_absolute(const In* in, long count, T* to) {
   const auto absolute = [](auto v) { return v < 0 ? -v : v; };
   long i = 0;
   for (; i + n <= count; i += n) store(to + i, load(to + i) + absolute(load(in + i)));
-  In rest[n] = {};
-  for (long r = i; r < count; ++r) rest[r - i] = in[r];
-  const V<T> v = absolute(load(rest));
-  for (long r = i; r < count; ++r) to[r] += v[r - i];
-}
-
-// The next row. Left to itself the compiler keeps the addresses of all rows of an unrolled loop, which do not fit into registers.
-template <typename P>
-static inline void step(P*& row, long ld) {
-  row += ld;
-  asm("" : "+r"(row));
-}
-
-// to[f][0..tokens) = in[0..count)[f], zeros for the tokens beyond count. sums, if not null: [f] receives the sum over tokens, and
-// has room for a whole vector of features.
-template <typename In, typename T = typename SumOf<In>::type>
-static void transpose_in(const In* in, long ld, long count, long features, T* to, T* sums) {
-  constexpr int n = lanes<T>;
-  for (long f = 0; f < features; f += n) {
-    V<T> sum[4] = {};  // in turn: one would make every addition wait for the last
-    for (long b = 0; b < tokens<T>; b += n) {
-      V<T> v[n];
-      if (b + n <= count && f + n <= features) {
-        const In* row = in + b * ld + f;
-#pragma GCC unroll 16
-        for (int r = 0; r < n; ++r, step(row, ld)) v[r] = load(row);
-#pragma GCC unroll 16
-        for (int r = 0; r < n; ++r) sum[r % 4] += v[r];
-        transpose<T>(v);
-#pragma GCC unroll 16
-        for (int c = 0; c < n; ++c) store(to + (f + c) * tokens<T> + b, v[c]);
-        continue;
-      }
-      for (int r = 0; r < n; ++r) {
-        In row[n] = {};
-        for (long c = 0; c < n && b + r < count && f + c < features; ++c) row[c] = in[(b + r) * ld + f + c];
-        v[r] = load(row);
-        sum[r % 4] += v[r];
-      }
-      transpose<T>(v);
-      for (long c = 0; c < n && f + c < features; ++c) store(to + (f + c) * tokens<T> + b, v[c]);
-    }
-    if (sums != nullptr) store(sums + f, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }
-}
-
-// out[0..count)[f] = sums[f][0..count) + bias[f]; sums and bias are readable up to a whole vector of features. Whole lines
-// go past the caches: writing one there would first read what it held.
-template <typename In, typename T = typename SumOf<In>::type>
-static void transpose_out(const T* sums, long count, long features, const T* bias, In* out, long ld) {
-  constexpr int n = lanes<T>, few = group<T>, line = 64 / (n * sizeof(In));
-  const bool aligned = (reinterpret_cast<unsigned long>(out) | ld * sizeof(In)) % 64 == 0;
-  for (long b = 0; b < count; b += few) {
-    long f = 0;
-    for (; aligned && b + few <= count && f + line * n <= features; f += line * n) {
-      V<T> v[line][few], add[line];
-#pragma GCC unroll 8
-      for (int w = 0; w < line; ++w) columns_of(sums + (f + w * n) * tokens<T> + b, tokens<T>, v[w]), add[w] = load(bias + f + w * n);
-#pragma GCC unroll 4
-      for (int r = 0; r < few; ++r)
-#pragma GCC unroll 8
-        for (int w = 0; w < line; ++w) store_past(out + (b + r) * ld + f + w * n, v[w][r] + add[w]);
-    }
-    for (; f < features; f += n) {
-      V<T> v[few];
-      columns_of(sums + f * tokens<T> + b, tokens<T>, v);
-      for (int r = 0; r < few && b + r < count; ++r) {
-        In* const to = out + (b + r) * ld + f;
-        In some[n];
-        store(f + n <= features ? to : some, v[r] + load(bias + f));
-        for (long c = 0; f + n > features && c < features - f; ++c) to[c] = some[c];
-      }
-    }
-  }
-  store_fence();
+  if (i < count) store_some(to + i, load_some(to + i, count - i) + absolute(load_some(in + i, count - i)), count - i);
 }
 
 // some[0..count) = v[(from + i) mod period], zeros where that is not below length; from lies in (-period, 2 period).
@@ -221,15 +122,7 @@ static void few_rows(const T* x, long ld, const In* values, long length, long pe
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
-    for (int c = 0; c < columns; ++c) {
-      if ((c + 1) * n <= many) {
-        store(out + r * ld_out + c * n, sum[r][c] + load(bias + c * n));
-        continue;
-      }
-      In some[n];
-      store(some, sum[r][c] + load(bias + c * n));
-      for (long i = c * n; i < many; ++i) out[r * ld_out + i] = some[i - c * n];
-    }
+    for (int c = 0; c < columns; ++c) store_some(out + r * ld_out + c * n, sum[r][c] + load(bias + c * n), many - c * n);
 }
 
 // The same for any number of tokens.
@@ -314,7 +207,7 @@ static void accumulate_band(const T* shorter, const T* longer, long rows, long w
 }
 
 template <typename In, typename T = typename SumOf<In>::type>
-constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, rows, band_tile<T>, convert<In>, add_absolute<In>, transpose_in<In>, transpose_out<In>, pack<In>, multiply<T>, few<In>, accumulate<T>, accumulate_band<T>};
+constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, rows, band_tile<T>, convert<In>, add_absolute<In>, transpose_in<In>, transpose_out<In>, copy_in<In>, copy_out<In>, transpose_rows<In>, pack<In>, multiply<T>, few<In>, accumulate<T>, accumulate_band<T>};
 
 const Kernels<float> f32 = kernels<float>;
 const Kernels<double> f64 = kernels<double>;

@@ -1,4 +1,4 @@
-// Memory that a thread keeps for its next call, prefetching, and what depends on the first-level cache. Included by ops.cpp only.
+// Memory that a thread keeps for its next call, and what depends on the first-level cache. Included by ops.cpp only.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ bool wide_first_level() {
 #endif
 }
 
-enum { packed_id, rows_id, sums_id, gradient_id, token_sums_id };
+enum { packed_id, rows_id, sums_id, gradient_id, token_sums_id, parts_id };
 
 // One block for each ID, aligned to a cache line, content undefined: pages fresh from the system would cost more than
 // what is written to them.
@@ -51,13 +51,6 @@ T* scratch(int64_t count) {
   ASAN_POISON_MEMORY_REGION(block.get() + count, (capacity - count) * sizeof(T));
 #endif
   return block.get();
-}
-
-// Columns begin ... end - 1 of some rows into the second-level cache.
-template <typename T>
-void prefetch(const T* row, int64_t ld, int64_t begin_row, int64_t end_row, int64_t begin, int64_t end) {
-  for (int64_t r = begin_row; r < end_row; ++r)
-    for (int64_t c = begin; c < end; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + r * ld + c, 0, 2);
 }
 
 }  // namespace

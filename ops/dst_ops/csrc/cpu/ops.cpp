@@ -20,6 +20,7 @@
 #include "backward.h"
 #include "few.h"
 #include "gradient.h"
+#include "layout.h"
 #include "product.h"
 #include "sums.h"
 
@@ -55,9 +56,10 @@ Units active_units(const Tensor& offsets, int64_t band, int64_t candidates) {
   return result;
 }
 
-Tensor empty(const std::vector<int64_t>& shape, int32_t dtype) {
+Tensor empty(const std::vector<int64_t>& shape, int32_t dtype, bool feature_major = false) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
+  if (feature_major) strides[shape.size() - 2] = 1, strides.back() = shape[shape.size() - 2];
   AtenTensorHandle handle = nullptr;
   const auto made = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle);
   STD_TORCH_CHECK(made == AOTI_TORCH_SUCCESS, "dst_ops: no memory for a result of ", std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<int64_t>()),
@@ -65,13 +67,43 @@ Tensor empty(const std::vector<int64_t>& shape, int32_t dtype) {
   return Tensor(handle);
 }
 
-// As `like`, but for the last dimension.
-Tensor empty_like(const Tensor& like, int64_t features) {
-  std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
+// A tensor [..., S, features] and how it lies.
+struct Tokens {
+  Tensor tensor;
+  Layout layout;
+};
+
+Tokens row_major(const Tensor& t) {
+  const int64_t all = t.numel() / t.size(t.dim() - 1);
+  return {as_contiguous(t), {all, all, false}};
+}
+
+// In the layout that it has, or copied: reference.py's `as_taken`.
+Tokens as_taken(const Tensor& t) {
+  const int64_t dims = t.dim();
+  bool transposed = dims >= 2 && t.size(dims - 2) >= least_run && !t.is_contiguous();
+  int64_t step = 1;
+  const auto lies = [&](int64_t d) { transposed = transposed && (t.size(d) == 1 || t.stride(d) == step), step *= t.size(d); };
+  if (transposed) {
+    lies(dims - 2), lies(dims - 1);
+    for (int64_t d = dims - 2; d-- > 0;) lies(d);
+  }
+  return transposed ? Tokens{t, {t.numel() / t.size(dims - 1), t.size(dims - 2), true}} : row_major(t);
+}
+
+template <typename In>
+Operand<In> operand(const Tokens& t) {
+  return {static_cast<const In*>(t.tensor.const_data_ptr()), t.tensor.size(t.tensor.dim() - 1), t.layout};
+}
+
+// As `like`, but for the number of features.
+Tensor empty_like(const Tokens& like, int64_t features) {
+  const auto sizes = like.tensor.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape.back() = features;
   int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty(shape, dtype);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.tensor.get(), &dtype));
+  return empty(shape, dtype, like.layout.feature_major);
 }
 
 // For sums of numbers of x.
@@ -110,17 +142,18 @@ Tensor apply(const Tensor& in, const Tensor& values, const Tensor& offsets, int6
   const Units units = units_of_weight(in, values, offsets, band, I, O);
   STD_TORCH_CHECK(bias == nullptr || (bias->dim() == 1 && bias->size(0) == O && bias->scalar_type() == in.scalar_type()),
                   "dst_ops: bias must be [", O, "] in the dtype of x");
-  const Tensor x = as_contiguous(in), v = as_contiguous(values);
+  const Tokens x = as_taken(in);
+  const Tensor v = as_contiguous(values);
   std::optional<Tensor> b;
   if (bias != nullptr) b = as_contiguous(*bias);
   Tensor y = empty_like(x, O);
-  for_type(x.scalar_type(), [&](auto zero) {
+  for_type(in.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
-    const In *px = static_cast<const In*>(x.const_data_ptr()), *pv = static_cast<const In*>(v.const_data_ptr());
+    const In* pv = static_cast<const In*>(v.const_data_ptr());
     const In* pb = b ? static_cast<const In*>(b->const_data_ptr()) : nullptr;
     In* py = static_cast<In*>(y.mutable_data_ptr());
-    if (x.numel() / I <= few_tokens) few_product(px, pv, pb, py, units, x.numel() / I, I, O, scatter);
-    else product(px, pv, pb, py, units, x.numel() / I, I, O, scatter);
+    if (x.layout.tokens <= few_tokens) few_product(operand<In>(x).data, pv, pb, py, units, x.layout.tokens, I, O, scatter);
+    else product(operand<In>(x), pv, pb, py, units, O, scatter);
   });
   return y;
 }
@@ -136,36 +169,38 @@ Tensor linear_transposed(const Tensor& dy, const Tensor& values, const Tensor& o
 
 void check_rows(const Tensor& dy, const Tensor& x) {
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dst_ops: dy and x must have one dtype");
-  STD_TORCH_CHECK(dy.numel() / last_size(dy) == x.numel() / last_size(x), "dst_ops: dy and x must have as many rows");
+  const auto a = dy.sizes(), b = x.sizes();
+  STD_TORCH_CHECK(last_size(dy) >= 1 && last_size(x) >= 1 && a.size() == b.size() && std::equal(a.begin(), a.end() - 1, b.begin()),
+                  "dst_ops: dy and x must be of one shape but for the last dimension");
 }
 
 Tensor dvalues(const Tensor& dy, const Tensor& x, const Tensor& offsets, int64_t band) {
   check_rows(dy, x);
-  const int64_t M = last_size(dy), N = last_size(x), P = std::max(M, N), L = std::min(M, N);
-  const Units units = active_units(offsets, band, P);
-  const Tensor d = as_contiguous(dy), c = as_contiguous(x);
-  Tensor grad = empty_sums(c, {static_cast<int64_t>(units.list.size()) * band, L});
-  for_type(c.scalar_type(), [&](auto zero) {
+  const Tokens d = as_taken(dy), c = as_taken(x);
+  const int64_t M = last_size(dy), N = last_size(x);
+  const Units units = active_units(offsets, band, std::max(M, N));
+  Tensor grad = empty_sums(x, {static_cast<int64_t>(units.list.size()) * band, std::min(M, N)});
+  for_type(x.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
-    const In *pd = static_cast<const In*>(d.const_data_ptr()), *px = static_cast<const In*>(c.const_data_ptr());
-    const Work work = gradient(M >= N ? px : pd, M >= N ? pd : px, static_cast<typename SumOf<In>::type*>(grad.mutable_data_ptr()), units, c.numel() / N, P, L);
+    const auto [work, finish] = gradient(operand<In>(d), operand<In>(c), static_cast<typename SumOf<In>::type*>(grad.mutable_data_ptr()), units);
     torch::stable::parallel_for(0, work.count, 1, work.run);
+    finish();
   });
   return grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Tensor& offsets, int64_t band) {
   check_rows(dy, x);
+  const Tokens d = as_taken(dy), c = as_taken(x);
   const int64_t M = last_size(dy), N = last_size(x);
   const Units units = units_of_weight(x, values, offsets, band, M, N);
-  const Tensor d = as_contiguous(dy), c = as_contiguous(x), v = as_contiguous(values);
-  Tensor dx = empty_like(c, N), grad = empty_sums(c, {v.size(0), v.size(1)}), dbias = empty_sums(c, {M});
-  for_type(c.scalar_type(), [&](auto zero) {
+  const Tensor v = as_contiguous(values);
+  Tensor dx = empty_like(d, N), grad = empty_sums(x, {v.size(0), v.size(1)}), dbias = empty_sums(x, {M});
+  for_type(x.scalar_type(), [&](auto zero) {
     using In = decltype(zero);
     using T = typename SumOf<In>::type;
-    backward(static_cast<const In*>(d.const_data_ptr()), static_cast<const In*>(c.const_data_ptr()), static_cast<const In*>(v.const_data_ptr()),
-             static_cast<In*>(dx.mutable_data_ptr()), static_cast<T*>(grad.mutable_data_ptr()), static_cast<T*>(dbias.mutable_data_ptr()), units,
-             c.numel() / N, M, N);
+    backward(operand<In>(d), operand<In>(c), static_cast<const In*>(v.const_data_ptr()), static_cast<In*>(dx.mutable_data_ptr()),
+             static_cast<T*>(grad.mutable_data_ptr()), static_cast<T*>(dbias.mutable_data_ptr()), units);
   });
   return {dx, grad, dbias};
 }

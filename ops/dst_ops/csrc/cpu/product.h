@@ -2,7 +2,7 @@
 //
 // Output i of a token is a sum over units e (one diagonal or a band of neighbours) of weights times input rows
 // i + start[e], ..., and all tokens of a tile read the same rows: so a tile of tokens is transposed once, and every load
-// after that is an aligned one.
+// after that is an aligned one. Where the input is feature-major (see layout.h) tiles are copied instead, and so is the output.
 //
 // Two forms. Gather (the output is the short side): output i reads row (i + offset) mod P of the input, and entries of a
 // diagonal are numbered along the output. Scatter (the output is the long side): output i reads row (i - offset) mod P
@@ -17,6 +17,7 @@
 
 #include "codegen.h"
 #include "isa.h"
+#include "layout.h"
 #include "memory.h"
 #include "shares.h"
 #include "units.h"
@@ -32,19 +33,17 @@ constexpr int64_t block_outputs = 112, chunk_bytes = 32 * 1024;
 // Most weights packed at a time: 8 MiB in fp32.
 constexpr int64_t segment_weights = 1 << 21;
 
-// What the gradient of a bias is made of: sums over a tile of tokens, features in rows that have room for whole vectors.
-template <typename In>
-int64_t rows_of_sums(int64_t tokens) {
-  return (tokens + kernels<In>().tokens - 1) / kernels<In>().tokens;
-}
+// What the gradient of a bias is made of: sums over each tile of tokens, features in rows that have room for whole vectors.
 constexpr int64_t row_of_sums(int64_t features) { return (features + 15) / 16 * 16; }
 
-// token_sums: if not null, [rows_of_sums(B), row_of_sums(I)], receives those of the input. before: other work for the threads.
+// out [B, O] in the layout of the input. token_sums: if not null, [tiles of tokens, row_of_sums(I)], receives those of the input.
+// before: other work for the threads.
 template <typename In, typename T = typename SumOf<In>::type>
-void product(const In* in, const In* values, const In* bias, In* out, const Units& units, int64_t B, int64_t I, int64_t O, bool scatter,
+void product(const Operand<In>& in, const In* values, const In* bias, In* out, const Units& units, int64_t O, bool scatter,
              T* token_sums = nullptr, const Work& before = {}) {
   const Kernels<In>& kernel = kernels<In>();
-  const int64_t P = std::max(I, O), L = std::min(I, O), tokens = kernel.tokens, outputs = kernel.outputs;
+  const Layout& layout = in.layout;
+  const int64_t I = in.features, P = std::max(I, O), L = std::min(I, O), tokens = kernel.tokens, outputs = kernel.outputs;
   const int64_t width = units.width, unit = width * outputs, count = static_cast<int64_t>(units.list.size());
   std::vector<int> start(count);
   std::vector<long> slot(count);
@@ -68,7 +67,7 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
 
   // Row r of the tile of outputs from i on is row (i + r) mod P of the input: i + r before the wrap, i + r - P after it.
   // Sections that meet zeros only are left out.
-  const int64_t tiles = (O + outputs - 1) / outputs, nonzero = scatter ? L : P;
+  const int64_t token_tiles = layout.tiles(tokens), tiles = (O + outputs - 1) / outputs, nonzero = scatter ? L : P;
   std::vector<Part> parts(2 * tiles);
   for (int64_t p = 0; p < 2 * tiles; ++p) {
     const int64_t i = p / 2 * outputs, wrap = std::min(sections, (P - i) / section_rows), row = p % 2 ? i - P : i;
@@ -81,7 +80,9 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
   if (bias != nullptr) kernel.convert(bias, O, add.data());
 
   // The weights of a segment of blocks are packed at a time, so that they take no more memory than x or y.
-  const int64_t block_tiles = block_outputs / outputs, most = std::min(B * P, segment_weights);
+  const auto read = layout.feature_major ? kernel.copy_in : kernel.transpose_in;
+  const auto write = layout.feature_major ? kernel.copy_out : kernel.transpose_out;
+  const int64_t block_tiles = block_outputs / outputs, most = std::min(layout.tokens * P, segment_weights);
   for (int64_t begin_tile = 0, end_tile; begin_tile < tiles; begin_tile = end_tile) {
     int64_t packed = 0;
     for (end_tile = begin_tile; end_tile < tiles; ++end_tile) {
@@ -100,33 +101,42 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
         kernel.pack(values, L, P, diagonals, scatter, &parts[2 * t], 2 * std::min(block_tiles, end - t), weights);
     });
     const bool first_segment = begin_tile == 0;
-    share_out(first_segment ? before : Work(), (B + tokens - 1) / tokens * blocks, [&](const auto& take) {
+    share_out(first_segment ? before : Work(), token_tiles * blocks, [&](const auto& take) {
       // Rows 0 ... P - 1, and as many on each side as sections reach beyond.
       const int64_t ahead = section_rows, after = reach + section_rows;
       T *const x = scratch<T, rows_id>((ahead + P + after) * tokens) + ahead * tokens, *const sums = scratch<T, sums_id>((block_outputs + 16) * tokens);
       std::fill_n(x + I * tokens, (P - I) * tokens, T(0));
-      int64_t held = -1;  // tokens that x holds
+      int64_t held = -1;  // tile of tokens that x holds
       for (int64_t item = 0, stop = 0;; ++item) {
         if (item == stop) std::tie(item, stop) = take(blocks);  // not one by one: an atomic step waits for all stores before it
         if (item == stop) break;
-        const int64_t b = item / blocks * tokens, many = std::min(tokens, B - b), block = item % blocks;
+        const int64_t token_tile = item / blocks, block = item % blocks, b = layout.begin(token_tile, tokens), many = layout.count(token_tile, tokens);
         const int64_t t0 = begin_tile + block * block_tiles, t1 = std::min(t0 + block_tiles, end_tile), i = t0 * outputs, i_end = std::min(O, t1 * outputs);
         const bool sums_too = token_sums != nullptr && first_segment && block == 0;
-        if (b != held || sums_too) {
-          held = b;
-          kernel.transpose_in(in + b * I, I, many, I, x, sums_too ? token_sums + b / tokens * row_of_sums(I) : nullptr);
+        if (token_tile != held || sums_too) {
+          held = token_tile;
+          read(in.at(b, 0), in.step(), many, I, x, sums_too ? token_sums + token_tile * row_of_sums(I) : nullptr);
           for (int64_t r = -ahead; r < 0; ++r) std::copy_n(x + (r % P + P) % P * tokens, tokens, x + r * tokens);
           for (int64_t r = P; r < P + after; ++r) std::copy_n(x + (r - P) * tokens, tokens, x + r * tokens);
         }
 
         // A part of the next tokens' inputs comes from memory meanwhile.
         const int64_t calls = (sections + chunk - 1) / chunk * (t1 - t0);
-        const int64_t next = b + tokens, next_many = std::clamp<int64_t>(B - next, 0, tokens);
+        const int64_t next = std::min(token_tile + 1, token_tiles - 1), f0 = I * block / blocks, f1 = I * (block + 1) / blocks;
+        const int64_t next_many = next > token_tile ? layout.count(next, tokens) : 0;
+        const int64_t next_b = layout.begin(next, tokens);
         int64_t call = 0;
         uint64_t begun = 0;  // tiles
         for (int64_t c = 0; c < sections; c += chunk)
           for (int64_t t = t0; t < t1; ++t, ++call) {
-            prefetch(in + next * I, I, next_many * call / calls, next_many * (call + 1) / calls, I * block / blocks, I * (block + 1) / blocks);
+            const auto part_of = [&](int64_t from, int64_t to) { return std::pair(from + (to - from) * call / calls, from + (to - from) * (call + 1) / calls); };
+            if (layout.feature_major) {
+              const auto [from, to] = part_of(f0, f1);
+              prefetch(in, next_b, next_many, from, to);
+            } else {
+              const auto [from, to] = part_of(next_b, next_b + next_many);
+              prefetch(in, from, to - from, f0, f1);
+            }
             for (const Part* part = &parts[2 * t]; part != &parts[2 * t] + 2; ++part) {
               const int64_t s0 = std::max(c, part->begin), s1 = std::min(c + chunk, part->end);
               if (s0 >= s1) continue;
@@ -146,7 +156,7 @@ void product(const In* in, const In* values, const In* bias, In* out, const Unit
           }
         for (int64_t t = t0; t < t1; ++t)
           if (!(begun >> (t - t0) & 1)) std::fill_n(sums + (t - t0) * outputs * tokens, outputs * tokens, T(0));
-        kernel.transpose_out(sums, many, i_end - i, add.data() + i, out + b * O + i, O);
+        write(sums, many, i_end - i, add.data() + i, out + layout.at(b, i, O), layout.step(O));
       }
     });
   }
