@@ -27,7 +27,8 @@ namespace dst_ops {
 namespace {
 
 // Windows of single diagonals that stay in the first-level cache together, and gradients of some tiles in the second.
-constexpr int64_t window_bytes = 24 * 1024, gradient_bytes = 512 * 1024;
+int64_t window_bytes() { return (wide_first_level() ? 32 : 24) * 1024; }
+constexpr int64_t gradient_bytes = 512 * 1024;
 
 // Of a small layer, parts of the tokens are summed apart, so that there are items for many threads: of as many tokens at least.
 constexpr int64_t enough_items = 64, part_tokens = 256;
@@ -107,9 +108,10 @@ Gradient gradient(const Operand<In>& dy, const Operand<In>& x, T* grad, const Un
   const Kernels<In>& kernel = kernels<In>();
   const bool band = units.width % 4 == 0;
   const int64_t width = band ? std::gcd<int64_t>(units.width, 16) : 1, rows = band ? band_rows : kernel.rows, tile = band ? kernel.band_tile : kernel.tile;
-  const int64_t align = band ? 1 : (kernel.vector_bytes == 64 && wide_first_level() ? 64 : 32) / sizeof(T), window = band ? gradient_stride / 2 / sizeof(T) : window_bytes / (rows * sizeof(T));
+  const int64_t align = band ? 1 : (kernel.vector_bytes == 64 && wide_first_level() ? 64 : 32) / sizeof(T), ld = gradient_stride / sizeof(T);
+  const int64_t window = band ? ld / 2 : std::min<int64_t>(window_bytes() / (rows * sizeof(T)), ld * 3 / 4);
   // A window may begin `beyond` after the last offset of a chunk's part, and reach as far beyond that.
-  const int64_t ld = gradient_stride / sizeof(T), beyond = width + 2 * kernel.vector_bytes / int64_t(sizeof(T)) + align;
+  const int64_t beyond = width + 2 * kernel.vector_bytes / int64_t(sizeof(T)) + align;
   std::vector<Chunk> chunks = chunks_of(units, width, P, window, align);
 
   // Tile t of a diagonal covers l = t * tile - remainder ...; every (part, chunk, tile) is computed by itself, in one order of

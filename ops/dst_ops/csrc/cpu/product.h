@@ -25,10 +25,11 @@
 namespace dst_ops {
 namespace {
 
-// Outputs that share the input rows which a chunk of sections spans. If units meet many rows, those of a chunk stay in the
-// first-level cache; if few, it costs less to take them from the second than to store and load sums between chunks. Chunks pay
-// earlier where the first-level cache has room for weights beside one.
+// Outputs that share the input rows which a chunk of sections spans: whole lines of y. If units meet many rows, those of a chunk stay
+// in the first-level cache; if few, it costs less to take them from the second than to store and load sums between chunks. Chunks
+// pay earlier where the first-level cache has room for weights beside one.
 constexpr int64_t block_outputs = 112, chunk_bytes = 32 * 1024;
+int64_t least_chunked_bytes() { return (wide_first_level() ? 64 : 192) * 1024; }
 
 // Most weights packed at a time: 8 MiB in fp32.
 constexpr int64_t segment_weights = 1 << 21;
@@ -54,8 +55,9 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
   }
   const int64_t reach = outputs + width - 1, sections = (P + outputs + section_rows - 1) / section_rows;
   const int vectors = kernel.tokens * int(sizeof(T)) / kernel.vector_bytes;
-  const int64_t met_bytes = std::min(P, count * reach) * tokens * int64_t(sizeof(T));
-  const int64_t chunk = met_bytes <= (wide_first_level() ? 64 : 128) * 1024 ? sections : std::max<int64_t>(1, sections * chunk_bytes / met_bytes);
+  // What a tile of outputs and the next one read, rows and weights: so much has to stay for the rows that both read.
+  const int64_t held = (std::min(P, count * (reach + outputs)) * tokens + 2 * count * unit) * int64_t(sizeof(T)), nonzero = scatter ? L : P;
+  const int64_t chunk = held * nonzero / P <= least_chunked_bytes() ? sections : std::max<int64_t>(1, sections * chunk_bytes / held);
   const auto program = program_for<T>(start, width, P + outputs, kernel.outputs, vectors, kernel.vector_bytes);
 
   // Units that meet rows of sections begin ... end - 1.
@@ -67,7 +69,7 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
 
   // Row r of the tile of outputs from i on is row (i + r) mod P of the input: i + r before the wrap, i + r - P after it.
   // Sections that meet zeros only are left out.
-  const int64_t token_tiles = layout.tiles(tokens), tiles = (O + outputs - 1) / outputs, nonzero = scatter ? L : P;
+  const int64_t token_tiles = layout.tiles(tokens), tiles = (O + outputs - 1) / outputs;
   std::vector<Part> parts(2 * tiles);
   for (int64_t p = 0; p < 2 * tiles; ++p) {
     const int64_t i = p / 2 * outputs, wrap = std::min(sections, (P - i) / section_rows), row = p % 2 ? i - P : i;
