@@ -30,7 +30,7 @@ def is_feature_major(x: Tensor) -> bool:
 
 def as_taken(x: Tensor) -> Tensor:
     """x, copied unless it lies as kernels take it."""
-    return x if is_feature_major(x) else x.contiguous()
+    return x if x.is_contiguous() or is_feature_major(x) else x.contiguous()
 
 
 def empty(x: Tensor, features: int) -> Tensor:
