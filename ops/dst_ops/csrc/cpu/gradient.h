@@ -124,7 +124,7 @@ Gradient gradient(const Operand<In>& dy, const Operand<In>& x, T* grad, const Un
   const int64_t most_parts = entries == 0 ? 1 : std::max<int64_t>(1, std::min(runs.tokens / part_tokens, runs.tokens * P / entries));
   const int64_t parts = std::min(most_parts, (enough_items - 1) / std::max<int64_t>(1, items) + 1);
   T* const sums_of_parts = parts > 1 ? scratch<T, parts_id>(parts * entries) : grad;
-  const auto run = [=, &kernel, chunks = std::move(chunks)](int64_t begin, int64_t stop) {
+  auto run = [=, &kernel, chunks = std::move(chunks)](int64_t begin, int64_t stop) {
     T *const shorts = scratch<T, sums_id>(copied * ld), *const longs = scratch<T, rows_id>(copied * ld);
     while (begin < stop) {
       const Chunk& chunk = chunks[begin / tiles % chunks.size()];
@@ -177,7 +177,7 @@ Gradient gradient(const Operand<In>& dy, const Operand<In>& x, T* grad, const Un
         for (int64_t i = begin; i < stop; ++i) grad[i] += sums_of_parts[p * entries + i];
     });
   };
-  return {{parts * items, run}, finish};
+  return {{parts * items, std::move(run)}, finish};
 }
 
 }  // namespace
