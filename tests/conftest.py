@@ -16,6 +16,8 @@ MARKERS = (
     "not_emulated: starts processes, in which there is no emulator",
 )
 
+OLDER = "band before 9.0"  # the band kernels of chips that have no engine to copy boxes: emulated only
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=("cpu", "emulated", "cuda"), default="cpu", help=__doc__)
@@ -47,25 +49,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any("kernel" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "kernel" in metafunc.fixturenames and not own:
-        natural = metafunc.config.getoption("--backend") == "cpu"
-        metafunc.parametrize("kernel", ["natural"] if natural else routes.KERNELS, indirect=True)
+        kernels = {"cpu": ("natural",), "emulated": (*routes.KERNELS, OLDER), "cuda": routes.KERNELS}
+        metafunc.parametrize("kernel", kernels[metafunc.config.getoption("--backend")], indirect=True)
 
 
 @pytest.fixture
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each of the CUDA kernels in turn, where it can take the call; there is no choice on the CPU."""
     choose = routes.choose
+    name = "band" if request.param == OLDER else request.param
 
     def prefer(call: routes.Call, gpu: str, shared_memory: int, *tf32: bool) -> routes.Choice:
-        if request.param in routes.possible(call, shared_memory):
-            return routes.Choice(request.param, "the test's")
+        if name in routes.possible(call, shared_memory):
+            return routes.Choice(name, "the test's")
         return choose(call, gpu, shared_memory)
 
-    if request.param != "natural":
+    if name != "natural":
         monkeypatch.setattr(cuda, "choose", prefer)
+    if request.param == OLDER:
+        request.config.emulator.set(major=8)  # type: ignore[attr-defined]
     cuda._choice.cache_clear()
-    yield request.param
+    yield name
     cuda._choice.cache_clear()
+    if request.param == OLDER:
+        request.config.emulator.set(major=9)  # type: ignore[attr-defined]
 
 
 @pytest.fixture

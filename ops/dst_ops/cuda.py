@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dst_ops import reference
-from dst_ops.routes import Call, Choice, choose
+from dst_ops.routes import HALVES, Call, Choice, choose
 
 # What the CUDA library implements. product and dvalues write what their names say; weight and diagonals serve the dense route.
 SCHEMAS = (
@@ -25,6 +25,7 @@ SCHEMAS = (
     ),
     "cuda_weight(Tensor values, Tensor offsets, int out_features, int in_features, int band) -> Tensor",
     "cuda_diagonals(Tensor matrix, Tensor offsets, int band) -> Tensor",
+    "cuda_sum_of_rows(Tensor dy) -> Tensor",
 )
 
 
@@ -55,6 +56,11 @@ def dvalues(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
         dweight = _product_in_fp32(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
         return ops.cuda_diagonals(dweight, offsets, band)
     return (ops.cuda_band_dvalues if kernel == "band" else ops.cuda_scalar_dvalues)(dy, x, offsets, band)
+
+
+def sum_of_rows(dy: Tensor) -> Tensor:
+    known = str(dy.dtype).removeprefix("torch.") in (*HALVES, "float32")
+    return torch.ops.dst_ops.cuda_sum_of_rows(dy) if known else reference.sum_of_rows(dy)
 
 
 def _product(

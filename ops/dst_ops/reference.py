@@ -97,7 +97,7 @@ def linear_backward(dy: Tensor, x: Tensor, values: Tensor, offsets: Tensor, band
     """Gradients of x, and in the dtype of sums of values and of a bias."""
     ops = torch.ops.dst_ops
     dx = ops.linear_transposed(dy, values, offsets, x.shape[-1], band)
-    return dx, ops.dvalues(dy, x, offsets, band), sum_of_rows(dy)
+    return dx, ops.dvalues(dy, x, offsets, band), ops.sum_of_rows(dy)
 
 
 def sum_of_rows(dy: Tensor) -> Tensor:

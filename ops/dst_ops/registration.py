@@ -1,8 +1,8 @@
-"""The raw ops `torch.ops.dst_ops.{linear, linear_gelu, linear_transposed, dvalues, linear_backward, diagonal_sums}`.
+"""The raw ops `torch.ops.dst_ops.{linear, linear_gelu, linear_transposed, dvalues, sum_of_rows, linear_backward, diagonal_sums}`.
 
 Here are their schemas, fake kernels, autograd and vmap. linear, linear_transposed and dvalues are closed under
-differentiation: the backward of each uses only the other two, so that any order of derivative works. linear_backward is both
-of these and the sum for the bias at once, for the CPU, where that is a tenth quicker. The schemas are defined here and not in
+differentiation: the backward of each uses only the other two and sum_of_rows, so that any order of derivative works.
+linear_backward is the gradients of all three at once, for the CPU, where that is a tenth quicker. The schemas are defined here and not in
 C++, so that `import dst_ops` builds nothing and torch.compile can trace the ops before a library is loaded. What runs at
 first is the kernel below, registered for every device, however the op was reached: eagerly, from a compiled program or from
 an exported one. On the CPU it loads the library (csrc/cpu), whose kernels for the CPU key take its place from then on; on
@@ -25,6 +25,7 @@ SCHEMAS = (
     " -> (Tensor, Tensor)",  # GELU of linear, and what it was applied to (no numbers unless `keep`)
     "linear_transposed(Tensor dy, Tensor values, Tensor offsets, SymInt in_features, int band) -> Tensor",
     "dvalues(Tensor dy, Tensor x, Tensor offsets, int band) -> Tensor",
+    "sum_of_rows(Tensor dy) -> Tensor",  # the gradient of a bias
     "linear_backward(Tensor dy, Tensor x, Tensor values, Tensor offsets, int band) -> (Tensor, Tensor, Tensor)",
     "diagonal_sums(Tensor block, int first_column, int in_features) -> Tensor",  # of |entries|; has no derivative
 )
@@ -52,7 +53,7 @@ def _first_kernel(name: str) -> Callable[..., Any]:
 
 
 IN_CPU_LIBRARY = ("linear", "linear_transposed", "dvalues", "linear_backward", "diagonal_sums")
-for _name in (*IN_CPU_LIBRARY, "linear_gelu"):
+for _name in (*IN_CPU_LIBRARY, "linear_gelu", "sum_of_rows"):
     library.impl(_name, _first_kernel(_name), "CompositeExplicitAutograd")
 
 
@@ -77,6 +78,11 @@ def _(dy: Tensor, values: Tensor, offsets: Tensor, in_features: int, band: int) 
 @torch.library.register_fake("dst_ops::dvalues")
 def _(dy: Tensor, x: Tensor, offsets: Tensor, band: int) -> Tensor:
     return x.new_empty((offsets.shape[0] * band, min(dy.shape[-1], x.shape[-1])), dtype=reference.sum_dtype(x))
+
+
+@torch.library.register_fake("dst_ops::sum_of_rows")
+def _(dy: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[-1], dtype=reference.sum_dtype(dy))
 
 
 @torch.library.register_fake("dst_ops::linear_backward")
@@ -115,7 +121,7 @@ def _gradients(ctx: Any, dy: Tensor, x: Tensor, values: Tensor, offsets: Tensor)
         if need[1]:
             dvalues = ops.dvalues(dy, x, offsets, ctx.band)
         if need_bias:
-            dbias = reference.sum_of_rows(dy)
+            dbias = ops.sum_of_rows(dy)
     dvalues = None if dvalues is None else dvalues.to(values.dtype)
     dbias = dbias.to(ctx.bias_dtype) if need_bias and dbias is not None else None
     return dx, dvalues, None, None, None, dbias
@@ -165,10 +171,20 @@ def _dvalues_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return ddy, dx, None, None
 
 
+def _sums_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    (dy,) = inputs
+    ctx.shape, ctx.dtype = dy.shape, dy.dtype
+
+
+def _sums_backward(ctx: Any, g: Tensor) -> Tensor:
+    return g.to(ctx.dtype).expand(ctx.shape)
+
+
 torch.library.register_autograd("dst_ops::linear", _linear_backward, setup_context=_linear_setup)
 torch.library.register_autograd("dst_ops::linear_gelu", _gelu_backward, setup_context=_gelu_setup)
 torch.library.register_autograd("dst_ops::linear_transposed", _transposed_backward, setup_context=_transposed_setup)
 torch.library.register_autograd("dst_ops::dvalues", _dvalues_backward, setup_context=_dvalues_setup)
+torch.library.register_autograd("dst_ops::sum_of_rows", _sums_backward, setup_context=_sums_setup)
 
 
 def _vmap(op: Any, free_first: bool) -> Any:
@@ -194,4 +210,5 @@ torch.library.register_vmap("dst_ops::linear", _vmap(torch.ops.dst_ops.linear, T
 torch.library.register_vmap("dst_ops::linear_gelu", _vmap(torch.ops.dst_ops.linear_gelu, True))
 torch.library.register_vmap("dst_ops::linear_transposed", _vmap(torch.ops.dst_ops.linear_transposed, True))
 torch.library.register_vmap("dst_ops::dvalues", _vmap(torch.ops.dst_ops.dvalues, False))
+torch.library.register_vmap("dst_ops::sum_of_rows", _vmap(torch.ops.dst_ops.sum_of_rows, False))
 torch.library.register_vmap("dst_ops::linear_backward", _vmap(torch.ops.dst_ops.linear_backward, False))

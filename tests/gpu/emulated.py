@@ -26,7 +26,7 @@ FLAGS = (
     *("-DDST_OPS_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
 )
 COUNTERS = ("shared_loads", "shared_waves", "mma_k16", "mma_k8")
-OPS = ("linear", "linear_gelu", "linear_transposed", "dvalues")
+OPS = ("linear", "linear_gelu", "linear_transposed", "dvalues", "sum_of_rows")
 
 available = platform.machine() == "x86_64"  # its fibers are switched by a few lines of assembly
 
@@ -69,6 +69,7 @@ class Emulator:
         assert dst_ops.load()  # before ours: what is registered last serves
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
+        self._major = 9
         cuda._gpu = lambda device: ("emulator", 227 * 1024)
         cuda._product_in_fp32 = lambda a, b: a.float() @ b.float()  # torch has no out_dtype on the CPU
         self._registered = torch.library.Library("dst_ops", "IMPL")
@@ -79,9 +80,10 @@ class Emulator:
             # Which CUDA doesn't have: made of the ops above, as backward does there.
             self._registered.impl("linear_backward", reference.linear_backward, "CPU", allow_override=True)
 
-    def set(self, *, order: int = 0, count_banks: bool = False) -> None:
-        """order: in which threads run: 0 forwards, 1 backwards, 2 mixed."""
-        self._library.dst_ops_emulator_set(order, int(count_banks))
+    def set(self, *, order: int = 0, count_banks: bool = False, major: int | None = None) -> None:
+        """order: in which threads run: 0 forwards, 1 backwards, 2 mixed. major: compute capability of the chip, until it is set anew."""
+        self._major = self._major if major is None else major
+        self._library.dst_ops_emulator_set(order, int(count_banks), self._major)
 
     def counts(self) -> dict[str, int]:
         """Since the last call."""

@@ -42,6 +42,42 @@ __global__ void run_intrinsics(const T* a, const T* b, uint32_t* out) {
   out[lane * results + 19] = pair(wide(as[lane]), wide(as[lane + 1]), T());
 }
 
+constexpr int box_rows = 16;
+
+// x [tokens, features]. A box of it from column, token on, and what lies at its beginning, as they come into shared memory: out [box and 64
+// bytes], words.
+__global__ void run_engine(const __grid_constant__ TensorMap map, const uint32_t* x, uint32_t* out, int bytes, int column, int token) {
+#if DST_OPS_BOXES
+  DST_OPS_SHARED(raw);
+  const SharedAddress memory = (shared_address(raw) + 1023) / 1024 * 1024, barrier = memory + bytes + 64;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(raw + (memory - shared_address(raw)));
+  if (threadIdx.x == 0) barrier_init(barrier, 2), barriers_ready();
+  __syncthreads();
+  if (threadIdx.x == 0) barrier_wait(barrier, 1);  // does not wait
+  for (int turn = 0; turn < 2; ++turn) {  // the second time in the other parity
+    if (threadIdx.x == 0) {
+      barrier_expect(barrier, bytes + 64);
+      copy_box(memory, map, column, token, barrier);
+      copy_bulk(memory + bytes, x, 64, barrier);
+    }
+    if (threadIdx.x == 1) barrier_arrive(barrier);
+    barrier_wait(barrier, turn);
+    for (int i = threadIdx.x; i < bytes / 4 + 16; i += 32) out[i] = words[i] + turn;
+    __syncthreads();
+  }
+#endif
+}
+
+Tensor engine(const Tensor& x, int64_t columns, int64_t column, int64_t token) {
+  const Device device(x);
+  const int bytes = box_rows * int(columns) * 2;
+  Tensor out = torch::stable::new_empty(x, {bytes / 4 + 16}, ScalarType::Int);
+  DST_OPS_LAUNCH(run_engine, dim3(1), dim3(32), 1024 + bytes + 64 + 8, device.stream, tensor_map(x.const_data_ptr(), x.size(0), int(x.size(1)), int(columns), box_rows),
+                 static_cast<const uint32_t*>(x.const_data_ptr()), static_cast<uint32_t*>(out.mutable_data_ptr()), bytes, int(column), int(token));
+  check_launch();
+  return out;
+}
+
 Tensor intrinsics(const Tensor& a, const Tensor& b) {
   const Device device(a);
   Tensor out = torch::stable::new_empty(a, {32, results}, ScalarType::Int);
@@ -55,6 +91,9 @@ Tensor intrinsics(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dst_ops, DST_OPS_DEVICE, m) { m.impl("test_intrinsics", TORCH_BOX(&intrinsics)); }
+STABLE_TORCH_LIBRARY_IMPL(dst_ops, DST_OPS_DEVICE, m) {
+  m.impl("test_intrinsics", TORCH_BOX(&intrinsics));
+  m.impl("test_engine", TORCH_BOX(&engine));
+}
 
 }  // namespace dst_ops

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESOURCES = re.compile(r"Function (\w+):\n\s+REG:(\d+) STACK:(\d+) ")
+THREADS = re.compile(
+    r"^\.nv\.info\.(\w+)\n(?:(?!\.nv\.).*\n)*?\s+Attribute:\s+EIATTR_MAX_THREADS\n.*\n\s+Value:\s+0x(\w+) ", re.M
+)
 LABEL = re.compile(r"(\.L_\w+):")
 INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?P<condition>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
@@ -25,6 +28,7 @@ class Kernel:
     arguments: tuple[str, ...]
     registers: int
     stack: int  # bytes of a thread, where what does not fit the registers lies
+    threads: int  # that a block may have
     instructions: tuple[str, ...]  # with their modifiers: HMMA.16816.F32.BF16
     loops: tuple[tuple[int, int], ...]  # the innermost: first and last instruction
     jumps: dict[int, tuple[int, bool]]  # instruction: the one that it jumps to, and whether it may go on instead
@@ -77,13 +81,14 @@ def kernels(library: Path) -> dict[str, list[Kernel]]:
 
 def _kernels(cubin: Path) -> list[Kernel]:
     resources = RESOURCES.findall(_run([_tool("cuobjdump"), "-res-usage", str(cubin)]))
+    threads = {symbol: int(n, 16) for symbol, n in THREADS.findall(_run([_tool("cuobjdump"), "-elf", str(cubin)]))}
     sections = re.split(r"\n\.text\.", _run([_tool("nvdisasm"), "-c", str(cubin)]))[1:]
     listings = {section.split(":", 1)[0]: section.splitlines() for section in sections}
     symbols = [symbol for symbol, _, _ in resources]
     assert set(symbols) == listings.keys()
     declarations = _run(["c++filt"], input="\n".join(symbols)).splitlines()
     return [
-        _kernel(declaration, int(registers), int(stack), listings[symbol])
+        _kernel(declaration, int(registers), int(stack), threads[symbol], listings[symbol])
         for declaration, (symbol, registers, stack) in zip(declarations, resources, strict=True)
     ]
 
@@ -100,7 +105,7 @@ def _run(command: list[str], **options: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
 
 
-def _kernel(declaration: str, registers: int, stack: int, lines: list[str]) -> Kernel:
+def _kernel(declaration: str, registers: int, stack: int, threads: int, lines: list[str]) -> Kernel:
     name = re.search(r"dst_ops::(\w+)(?:<([^>]*)>)?\(", declaration)
     assert name is not None, declaration
     instructions, jumps, labels = [], [], {}
@@ -116,4 +121,4 @@ def _kernel(declaration: str, registers: int, stack: int, lines: list[str]) -> K
     inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in loops)]
     arguments = tuple(name[2].split(", ")) if name[2] else ()
     to = {at: (labels[target], may_go_on) for target, at, may_go_on in jumps}
-    return Kernel(name[1], arguments, registers, stack, tuple(instructions), tuple(sorted(inner)), to)
+    return Kernel(name[1], arguments, registers, stack, threads, tuple(instructions), tuple(sorted(inner)), to)

@@ -37,7 +37,9 @@ DIAGONAL = 36  # instructions
 BESIDE = {  # instructions, by width
     "band_stream": {8: 205, 16: 180, 32: 135, 64: 110},
     "band_gradient": {8: 245, 16: 225, 32: 190, 64: 125},
+    "band_boxes_gradient": {32: 80, 64: 60},
 }
+BOXES = ("band_boxes", "band_boxes_gradient")
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +69,13 @@ def _block(k: Kernel) -> tuple[int, int]:
     """Threads of a block, and blocks that a multiprocessor is to hold: one loads while the other computes."""
     if k.name in ("band_resident", "band_stream", "band_gradient"):
         return 256, 2
+    if k.name in BOXES and k.count("HMMA") == 0:  # a chip without the engine
+        return 32, 1
     return {
+        "band_boxes": (288, 1),
+        "band_boxes_gradient": (384, 1),
+        "sum_tokens": (256, 4),
+        "sum_splits": (256, 4),
         "scalar_product": (256, 2),
         "scalar_few": (512, 2),
         "scalar_gradient": (256, 2),
@@ -77,6 +85,11 @@ def _block(k: Kernel) -> tuple[int, int]:
         "take_diagonals": (256, 4),
         "invert_offsets": (1024, 1),
     }[k.name]
+
+
+def _with_boxes(kernels: list[Kernel], *names: str) -> list[Kernel]:
+    """Those of names that are not empty: a chip without the engine has none of them."""
+    return [k for k in _named(kernels, *names) if k.count("HMMA")]
 
 
 def _width(k: Kernel) -> int:
@@ -102,6 +115,7 @@ def test_nothing_is_in_local_memory(kernels: list[Kernel]) -> None:
 def test_registers_leave_room_for_the_blocks(kernels: list[Kernel]) -> None:
     for k in kernels:
         threads, blocks = _block(k)
+        assert k.threads == threads, str(k)
         assert k.registers * threads * blocks <= REGISTERS, str(k)
 
 
@@ -109,7 +123,7 @@ def test_registers_leave_room_for_the_blocks(kernels: list[Kernel]) -> None:
 @on_every_chip
 def test_band_products_multiply_no_more_than_they_must(kernels: list[Kernel]) -> None:
     """8 rows meet W / 8 + 1 blocks of 8 columns, two in an instruction or, without a partner, one. A tile is 8 times 8 rows."""
-    for k in _named(kernels, "band_resident", "band_stream"):
+    for k in (*_named(kernels, "band_resident", "band_stream"), *_with_boxes(kernels, "band_boxes")):
         token_tiles = int(k.arguments[2]) if k.name == "band_resident" else 2
         pairs, single = k.count("HMMA.16816.F32"), k.count("HMMA.1688.F32")
         assert pairs + single == k.count("HMMA"), f"{k}: sums not in fp32"
@@ -120,8 +134,8 @@ def test_band_products_multiply_no_more_than_they_must(kernels: list[Kernel]) ->
 @on_every_chip
 def test_band_gradients_multiply_no_more_than_they_must(kernels: list[Kernel]) -> None:
     """A stage is 2 times 16 tokens; a warp has 2 times 16 positions, which meet W / 8 + 2 blocks of 8 columns of each band."""
-    for k in _named(kernels, "band_gradient"):
-        bands = 2 if _width(k) < 64 else 1
+    for k in (*_named(kernels, "band_gradient"), *_with_boxes(kernels, "band_boxes_gradient")):
+        bands = (2 if _width(k) < 64 else 1) * (2 if k.name in BOXES else 1)
         assert k.count("HMMA.16816.F32") == k.count("HMMA") == 4 * bands * (_width(k) // 8 + 2), str(k)
 
 
@@ -136,10 +150,28 @@ def test_band_kernels_read_matrices_and_copy_in_the_background(kernels: list[Ker
 
 @needs_compiler
 @on_every_chip
+def test_boxes_are_fetched_by_the_engine_of_chips_that_have_one(kernels: list[Kernel], chip: str) -> None:
+    """Elsewhere the kernels are empty, which the launcher sees by the threads that they take (fetches_boxes in launch.h)."""
+    found = _named(kernels, *BOXES)
+    if chip != "90a":
+        assert _with_boxes(kernels, *BOXES) == []
+        assert {k.threads for k in found} == {32}
+        return
+    for k in found:
+        product = k.name == "band_boxes"
+        assert k.count("HMMA") > 0
+        assert k.count("LDSM.16.M88" if product else "LDSM.16.MT88") == k.count("LDSM") > 0, str(k)
+        assert k.count("UTMALDG.2D") > 0, str(k)
+        assert (k.count("UBLKCP") > 0) == product, str(k)  # packed weights
+        assert k.count("LDGSTS") == 0, str(k)
+
+
+@needs_compiler
+@on_every_chip
 def test_bands_take_few_instructions_beside_those_that_work(kernels: list[Kernel]) -> None:
     """To find the next band, for addresses, to wait. A GPU was found to spend its time on them: see docs/op_cuda.md."""
-    for k in _named(kernels, "band_stream", "band_gradient"):
-        turn = k.shortest_turn("HMMA", "LDGSTS")
+    for k in (*_named(kernels, "band_stream", "band_gradient"), *_with_boxes(kernels, "band_boxes_gradient")):
+        turn = k.shortest_turn("HMMA", "LDSM" if k.name in BOXES else "LDGSTS")
         working = sum(n for name, n in turn.items() if name.startswith(("HMMA", "LDSM", "LDS.", "LDG.E.128", "LDGSTS")))
         assert turn.total() - working <= BESIDE[k.name][_width(k)], f"{k}: {working} of {turn.total()} work"
 
@@ -191,7 +223,7 @@ assert there() == sys.argv[2:]
 @needs_compiler
 def test_the_library_loads_without_a_gpu(library: Path) -> None:
     names = [schema.split("(")[0] for schema in cuda.SCHEMAS]
-    assert len(names) == 6
+    assert len(names) == 7
     done = python(LOAD, str(library), *names)
     assert done.returncode == 0, done.stderr
 
@@ -226,7 +258,7 @@ def test_forward_and_backward_are_traced_for_cuda(activation: str | None, m: int
         results = graph(*arguments)
     called = [str(node.target) for node in graph.graph.nodes if "dst_ops" in str(node.target)]
     forward = "linear_gelu" if activation else "linear"
-    assert called == [f"dst_ops.{name}.default" for name in (forward, "linear_transposed", "dvalues")]
+    assert called == [f"dst_ops.{name}.default" for name in (forward, "linear_transposed", "dvalues", "sum_of_rows")]
     assert [r.shape for r in results] == [(2, 5, m), *(arguments[i].shape for i in (0, 1, 3))]
     assert {(r.device.type, r.dtype) for r in results} == {("cuda", dtype)}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dst_ops import cuda, routes
+from tests.conftest import OLDER
 from tests.gpu.emulated import Emulator
 from tests.unit.ops.oracle import case
 
@@ -22,6 +23,7 @@ SHAPES = [
     (256, 128, 2, 64),
 ]
 OPS = torch.ops.dst_ops
+BANDS = ["band", OLDER]
 
 
 def _run(c: dict[str, Any]) -> list[Tensor]:
@@ -59,6 +61,8 @@ def test_the_order_of_threads_does_not_matter(
         (1280, 1024, 40, [1], 40),
         (1024, 1280, 8, [8], 40),
         (1280, 1024, 16, [4, 5], 40),
+        (1280, 1024, 32, [2, 37], 40),
+        (1280, 1024, 64, [1, 18], 40),
         (96, 64, 8, [8], 3),
     ],
     ids=str,
@@ -97,7 +101,7 @@ def _counts(emulator: Emulator, call: Any, c: dict[str, Any]) -> dict[str, int]:
     return emulator.counts()
 
 
-@pytest.mark.parametrize("kernel", ["band"], indirect=True)
+@pytest.mark.parametrize("kernel", BANDS, indirect=True)
 @pytest.mark.parametrize("width", [8, 16, 32, 64])
 @pytest.mark.parametrize(("m", "n"), [(256, 256), (256, 512), (512, 256)])
 def test_share_of_useful_multiplications(m: int, n: int, width: int, kernel: str, emulator: Emulator) -> None:
@@ -125,7 +129,7 @@ def test_shared_memory_is_read_without_bank_conflicts(
     assert counts["shared_waves"] <= ends * counts["shared_loads"]
 
 
-@pytest.mark.parametrize("kernel", ["band"], indirect=True)
+@pytest.mark.parametrize("kernel", BANDS, indirect=True)
 @pytest.mark.parametrize("width", [8, 16, 32, 64])
 def test_windows_are_read_without_bank_conflicts(width: int, kernel: str, emulator: Emulator) -> None:
     """So many features that blocks stream windows; several bands, which begin in different places of a line."""
@@ -173,6 +177,7 @@ PRODUCT = {"out_features": 16, "band": 8, "scatter": True, "bias": None, "gelu":
         ("cuda_scalar", (X, HV, U), {}, "values and x must have one dtype"),
         ("cuda_scalar", (X, V, U), {"bias": torch.zeros(15)}, r"bias must be \[16\]"),
         ("cuda_scalar", (X, V, U), {"before": torch.zeros(15)}, "before must be like y"),
+        ("cuda_scalar", (X, V, U), {"before": torch.zeros(2, 16)}, "gelu is false"),
         ("cuda_scalar", (X.int(), V.int(), U), {}, "dtype must be"),
         ("cuda_scalar", (torch.zeros(2, 2**15), torch.zeros(8, 16), U), {}, "in_features 32768 do not fit"),
         ("cuda_scalar", (torch.zeros(40, 2**15), torch.zeros(8, 16), U), {}, "in_features 32768 do not fit"),
@@ -197,6 +202,8 @@ def test_launchers_name_what_they_refuse(
         (lambda: OPS.cuda_band_dvalues(X, X, U, 8), "take bfloat16 or float16"),
         (lambda: OPS.cuda_diagonals(H, U, 8), "must be float32"),
         (lambda: OPS.cuda_weight(V[:7], U, 16, 16, 8), "values must be"),
+        (lambda: OPS.cuda_sum_of_rows(X.int()), "dtype must be"),
+        (lambda: OPS.cuda_sum_of_rows(torch.zeros(1, 2**23 + 1)), "has 8388609 features, expected 1 to 2"),
     ],
 )
 def test_other_launchers_name_what_they_refuse(call: Any, message: str) -> None:

@@ -23,6 +23,7 @@ def library(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
     folder = tmp_path_factory.mktemp("intrinsics")
     registered = torch.library.Library("dst_ops", "FRAGMENT")
     registered.define("test_intrinsics(Tensor a, Tensor b) -> Tensor")
+    registered.define("test_engine(Tensor x, int columns, int column, int token) -> Tensor")
     objects = emulated.compile_objects([emulated.RUNTIME, SOURCE], folder, f"-I{emulated.SOURCES}")
     emulated.link(objects, folder / "emulated.so")
     torch.ops.load_library(str(folder / "emulated.so"))
@@ -78,3 +79,39 @@ def test_a_gpu_does_what_the_emulator_does(
     a, b = _operands(dtype)
     expected = torch.ops.dst_ops.test_intrinsics(a, b)
     assert torch.equal(torch.ops.dst_ops.test_intrinsics(a.cuda(), b.cuda()).cpu(), expected)
+
+
+# x [40, 72] of words of 16 bits, each other than all others. A box of 16 tokens: within x, and beyond its last column, its last token.
+BOXES = [(columns, column, token) for columns in (32, 64) for column, token in ((8, 5), (48, 3), (0, 30), (72, 0))]
+
+
+def _numbered() -> Tensor:
+    return torch.arange(1, 40 * 72 + 1, dtype=torch.int16, device="cpu").view(torch.bfloat16).view(40, 72)
+
+
+@pytest.mark.parametrize(("columns", "column", "token"), BOXES, ids=str)
+def test_the_emulator_copies_boxes(columns: int, column: int, token: int, library: torch.library.Library) -> None:
+    """Zeros outside; piece i of 16 bytes of a line of 128 lies where piece i ^ line % 8 would, in a box half as wide i ^ line % 4."""
+    words = torch.ops.dst_ops.test_engine(_numbered(), columns, column, token) - 1  # it adds the turn
+    padded = torch.zeros(40 + 16, 72 + 64, dtype=torch.int16, device="cpu")
+    padded[:40, :72] = _numbered().view(torch.int16)
+    pieces = padded[token : token + 16, column : column + columns].reshape(-1, 8, 8)  # lines, pieces, numbers
+    expected = torch.empty_like(pieces)
+    for line in range(len(pieces)):
+        for piece in range(8):
+            expected[line, piece ^ line % (columns // 8)] = pieces[line, piece]
+    assert torch.equal(words[:-16].view(torch.int16), expected.flatten())
+    assert torch.equal(words[-16:].view(torch.int16), _numbered().view(torch.int16).flatten()[:32])
+
+
+@pytest.mark.parametrize(("columns", "column", "token"), BOXES, ids=str)
+def test_a_gpu_copies_boxes_as_the_emulator_does(
+    columns: int, column: int, token: int, library: torch.library.Library, pytestconfig: pytest.Config
+) -> None:
+    if pytestconfig.getoption("--backend") != "cuda":
+        pytest.skip("needs a GPU")
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a chip that copies boxes")
+    x = _numbered()
+    expected = torch.ops.dst_ops.test_engine(x, columns, column, token)
+    assert torch.equal(torch.ops.dst_ops.test_engine(x.cuda(), columns, column, token).cpu(), expected)

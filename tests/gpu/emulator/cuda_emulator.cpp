@@ -48,7 +48,7 @@ unsigned turn(unsigned j, unsigned count, unsigned shift) {
 
 // Each thread of a warp once; whether that led any of them on.
 bool run_warp(unsigned w, unsigned& left, unsigned shift) {
-  const unsigned before = left, passed = state.passed + warps[w].passed;
+  const unsigned before = left, passed = state.passed + warps[w].passed, events = state.events;
   const int arrived = state.arrived + warps[w].arrived;
   for (unsigned j = 0; j < 32; ++j) {
     Fiber& f = fibers[w * 32 + turn(j, 32, shift)];
@@ -58,12 +58,13 @@ bool run_warp(unsigned w, unsigned& left, unsigned shift) {
     if (!state.error.empty()) throw std::runtime_error(state.error);
     if (f.done) --left;
   }
-  return left != before || state.passed + warps[w].passed != passed || state.arrived + warps[w].arrived != arrived;
+  return left != before || state.passed + warps[w].passed != passed || state.arrived + warps[w].arrived != arrived || state.events != events;
 }
 
 void run_block(unsigned count) {
   state.memory.assign(state.memory_bytes + 128, 0xff);  // NaN in every type
   state.arrived = 0, state.passed = 0, state.threads = count;
+  state.landings.clear();
   warps.assign((count + 31) / 32, Warp());
   for (unsigned i = 0; i < count; ++i) prepare(fibers[i], i);
   unsigned left = count, random = 12345;
@@ -78,6 +79,7 @@ void run_block(unsigned count) {
     if (!moved) throw std::runtime_error("emulator: threads wait at different barriers");
   }
   if (state.arrived) throw std::runtime_error("emulator: a block ended while threads waited at __syncthreads");
+  if (!state.landings.empty()) throw std::runtime_error("emulator: a block ended while copies were on their way");
 }
 
 }  // namespace
@@ -115,7 +117,9 @@ void launch(dim3 grid, dim3 block, size_t bytes, std::function<void()> body) {
 }  // namespace emulator
 
 #define DST_OPS_EXPORT extern "C" __attribute__((visibility("default")))
-DST_OPS_EXPORT void dst_ops_emulator_set(int order, int count_banks) { emulator::state.order = order, emulator::state.count_banks = count_banks; }
+DST_OPS_EXPORT void dst_ops_emulator_set(int order, int count_banks, int major) {
+  emulator::state.order = order, emulator::state.count_banks = count_banks, emulator::state.major = major;
+}
 DST_OPS_EXPORT void dst_ops_emulator_counts(int64_t* to) {
   std::copy(emulator::state.counts, emulator::state.counts + emulator::counters, to);
   std::fill(emulator::state.counts, emulator::state.counts + emulator::counters, 0);

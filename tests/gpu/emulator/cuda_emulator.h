@@ -49,6 +49,7 @@ inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
 #define __host__
 #define __forceinline__ inline
 #define __restrict__ __restrict
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define DST_OPS_SHARED(name) unsigned char* name = emulator::shared_memory()
 #define DST_OPS_LAUNCH(kernel, grid, block, bytes, stream, ...) \
@@ -64,6 +65,9 @@ extern "C" void dst_ops_emulator_switch(void** save, void* load);
 namespace emulator {
 
 struct Copy { void* to; const void* from; bool present; };
+struct Landing { uintptr_t barrier; int bytes; std::function<void()> copy; };  // of the copy engine
+struct Barrier { uint8_t known, threads, missing, phase; int32_t bytes; };
+constexpr uint8_t initialised = 0xb5;
 struct Warp {
   int arrived = 0;
   unsigned passed = 0;
@@ -88,6 +92,9 @@ struct State {
   void* host;
   std::function<void()> body;
   std::string error;
+  std::vector<Landing> landings;
+  unsigned events;           // of barriers in shared memory: whether threads that only wait wait in vain
+  int major = 9;             // compute capability of the chip
   int order = 0;             // in which threads run: 0 forwards, 1 backwards, 2 mixed, and copies at once
   bool count_banks = false;  // slower
   int64_t counts[counters] = {};
@@ -216,6 +223,14 @@ void matrices(uint32_t (&r)[N], const void* p, bool transposed) {
 typedef uintptr_t SharedAddress;
 inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 inline uint4 load_shared(SharedAddress p) { return load_shared(reinterpret_cast<const void*>(p)); }
+inline void store_shared(SharedAddress p, uint32_t v) {
+  emulator::check_shared(reinterpret_cast<const void*>(p), 4, "store_shared: not 4 aligned bytes of shared memory");
+  memcpy(reinterpret_cast<void*>(p), &v, 4);
+}
+inline void store_global(void* p, const uint4& q) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("store_global: an address that is not aligned");
+  memcpy(p, &q, 16);
+}
 inline void load_matrices(uint32_t (&r)[4], SharedAddress p) { matrices(r, reinterpret_cast<const void*>(p), false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress p) { matrices(r, reinterpret_cast<const void*>(p), true); }
 
@@ -231,6 +246,81 @@ void copy_async(SharedAddress to, const void* global, bool present) {
   const emulator::Copy copy{shared, global, present};
   if (emulator::state.order == 2) make_copy(copy);
   else emulator::current->copies.back().push_back(copy);
+}
+
+#define DST_OPS_BOXES 1
+struct TensorMap { const void* base; int64_t tokens; int features, columns, rows; };
+inline emulator::Barrier& barrier_at(SharedAddress p) {
+  auto* b = reinterpret_cast<emulator::Barrier*>(p);
+  emulator::check_shared(b, 8, "a barrier that is not 8 aligned bytes of shared memory");
+  if (b->known != emulator::initialised) emulator::fail("a barrier that was not initialised");
+  return *b;
+}
+inline void pass(emulator::Barrier& b) {
+  ++emulator::state.events;
+  if (b.missing == 0 && b.bytes == 0) b.phase ^= 1, b.missing = b.threads;
+}
+inline void barrier_init(SharedAddress p, int threads) {
+  emulator::check_shared(reinterpret_cast<void*>(p), 8, "a barrier that is not 8 aligned bytes of shared memory");
+  *reinterpret_cast<emulator::Barrier*>(p) = {emulator::initialised, uint8_t(threads), uint8_t(threads), 0, 0};
+}
+inline void barriers_ready() {}
+inline void barrier_expect(SharedAddress p, int bytes) {
+  emulator::Barrier& b = barrier_at(p);
+  if (b.missing == 0) emulator::fail("more threads arrive at a barrier than it was initialised for");
+  b.bytes += bytes, --b.missing;
+  pass(b);
+}
+inline void barrier_arrive(SharedAddress p) { barrier_expect(p, 0); }
+inline void land(const emulator::Landing& l) {
+  l.copy();
+  emulator::Barrier& b = barrier_at(l.barrier);
+  b.bytes -= l.bytes;
+  pass(b);
+}
+// Copies of the engine land when somebody waits for them, or at once.
+inline void barrier_wait(SharedAddress p, unsigned parity) {
+  while (barrier_at(p).phase == parity) {
+    auto& all = emulator::state.landings;
+    for (size_t i = 0; i < all.size();) {
+      if (all[i].barrier != p) { ++i; continue; }
+      const emulator::Landing l = all[i];
+      all.erase(all.begin() + i);
+      land(l);
+    }
+    if (barrier_at(p).phase == parity) emulator::yield();
+  }
+}
+inline void take_off(SharedAddress p, int bytes, std::function<void()> copy) {
+  const emulator::Landing l{p, bytes, std::move(copy)};
+  if (emulator::state.order == 2) land(l);
+  else emulator::state.landings.push_back(l);
+}
+template <int Registers>
+void give_registers() {}
+template <int Registers>
+void take_registers() {}
+inline void copy_box(SharedAddress to, const TensorMap& map, int column, int token, SharedAddress b) {
+  const int row = map.columns * 2, bytes = map.rows * row;
+  if (to % 128 || reinterpret_cast<uintptr_t>(map.base) % 16 || map.features % 8 || (row != 64 && row != 128)) emulator::fail("copy_box: a tensor or a place that CUDA refuses");
+  emulator::check_shared(reinterpret_cast<void*>(to), 16, "copy_box: outside shared memory");
+  emulator::check_shared(reinterpret_cast<void*>(to + bytes - 16), 16, "copy_box: outside shared memory");
+  take_off(b, bytes, [=] {
+    for (int r = 0; r < map.rows; ++r)
+      for (int c = 0; c < map.columns; ++c) {
+        const bool there = token + r >= 0 && token + r < map.tokens && column + c >= 0 && column + c < map.features;
+        const uint16_t v = there ? static_cast<const uint16_t*>(map.base)[(token + r) * int64_t(map.features) + column + c] : 0;
+        uintptr_t at = to + r * row + c * 2;
+        at ^= (at / 128 % (row / 16)) * 16;  // the swizzle, by address
+        memcpy(reinterpret_cast<void*>(at), &v, 2);
+      }
+  });
+}
+inline void copy_bulk(SharedAddress to, const void* global, int bytes, SharedAddress b) {
+  if (to % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) emulator::fail("copy_bulk: not 16 aligned bytes");
+  emulator::check_shared(reinterpret_cast<void*>(to), 16, "copy_bulk: outside shared memory");
+  emulator::check_shared(reinterpret_cast<void*>(to + bytes - 16), 16, "copy_bulk: outside shared memory");
+  take_off(b, bytes, [=] { memcpy(reinterpret_cast<void*>(to), global, bytes); });
 }
 inline unsigned thread_again() { return threadIdx.x; }
 inline unsigned again(unsigned v) { return v; }

@@ -242,7 +242,14 @@ def test_more_than_one_block(shape: tuple[int, int, int, int], rows: int) -> Non
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
     ("shape", "rows"),
-    [((1024, 904, 2, 8), 40), ((904, 1024, 3, 16), 130), ((1024, 1024, 3, 32), 150), ((1024, 512, 2, 64), 130)],
+    [
+        ((1024, 904, 2, 8), 40),
+        ((904, 1024, 3, 16), 130),
+        ((1024, 1024, 3, 32), 150),
+        ((1024, 512, 2, 64), 130),
+        ((1152, 1088, 5, 32), 600),
+        ((1088, 1152, 4, 64), 600),
+    ],
     ids=str,
 )
 def test_bands_of_wide_layers(shape: tuple[int, int, int, int], rows: int) -> None:

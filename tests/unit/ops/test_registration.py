@@ -21,7 +21,9 @@ def _linear(c: dict[str, Any], x: Tensor, values: Tensor, bias: Tensor | None) -
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck reads it of tensors that are not leaves
-@pytest.mark.parametrize("op", ["linear", "linear_gelu", "linear_transposed", "dvalues", "linear_backward"])
+@pytest.mark.parametrize(
+    "op", ["linear", "linear_gelu", "linear_transposed", "dvalues", "sum_of_rows", "linear_backward"]
+)
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(SHAPES[0], torch.float32), (SHAPES[1], torch.float32), (SHAPES[2], torch.bfloat16)], ids=str
 )
@@ -34,6 +36,7 @@ def test_opcheck(shape: tuple[int, int, int, int], dtype: torch.dtype, op: str) 
         "linear_gelu": (x, values, c["offsets"], m, band, bias, True),
         "linear_transposed": (dy, values, c["offsets"], n, band),
         "dvalues": (dy, x, c["offsets"], band),
+        "sum_of_rows": (dy,),
         "linear_backward": (*(t.detach() for t in (dy, x, values)), c["offsets"], band),  # has no derivative
     }
     torch.library.opcheck(getattr(torch.ops.dst_ops, op).default, arguments[op])
@@ -57,7 +60,7 @@ def test_opcheck_of_transposed_tensors(transposed: tuple[str, ...], op: str) -> 
     torch.library.opcheck(getattr(torch.ops.dst_ops, op).default, arguments[op])
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_gelu", "linear_transposed", "dvalues"])
+@pytest.mark.parametrize("op", ["linear", "linear_gelu", "linear_transposed", "dvalues", "sum_of_rows"])
 def test_second_derivatives_of_every_op(op: str) -> None:
     c = case(5, 7, 3, 1, torch.float64, (3,))
     ops, offsets = torch.ops.dst_ops, c["offsets"]
@@ -67,6 +70,7 @@ def test_second_derivatives_of_every_op(op: str) -> None:
         "linear_gelu": (lambda x, v: ops.linear_gelu(x, v, offsets, 5, 1, None, True), (x, values)),
         "linear_transposed": (lambda dy, v: ops.linear_transposed(dy, v, offsets, 7, 1), (dy, values)),
         "dvalues": (lambda dy, x: ops.dvalues(dy, x, offsets, 1), (dy, x)),
+        "sum_of_rows": (ops.sum_of_rows, (dy,)),
     }
     assert torch.autograd.gradcheck(*functions[op])
     assert torch.autograd.gradgradcheck(*functions[op])

@@ -165,39 +165,32 @@ __global__ void __launch_bounds__(256, 4) band_pack(const T* __restrict__ values
 template <int M>
 using TileSums = float[M][8][4];  // tiles of 16 tokens, of 8 rows; fragment D of the instruction
 
-// Lane t of 4 holds word t of four 8-column rows, one in each w[i]; afterwards it holds the four words of row t.
-__device__ __forceinline__ uint4 transpose_quad(uint32_t (&w)[4]) {
-  const int t = threadIdx.x & 3;
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const bool upper = t & step;
-      const uint32_t got = __shfl_xor_sync(~0u, upper ? w[i] : w[i + step], step);
-      if (upper) w[i] = got; else w[i + step] = got;
-    }
-  return make_uint4(w[0], w[1], w[2], w[3]);
-}
+constexpr int store_bytes = 8 * 128;  // of shared memory that a warp needs to write its tile
 
-// Writes a warp's tile: 16 * M tokens x 64 rows, four 8-row tiles at a time, 16 bytes a lane.
-template <typename T, int M, typename F>
-__device__ __forceinline__ void store_tile(T* to, TileSums<M>& sum, int64_t first_token, int first_row, const Sizes& s, const F& of) {
+// Writes a warp's tile: 16 * M tokens x 64 rows, by way of `own` in shared memory (store_bytes, of which no other thread knows), where
+// eight tokens' lines come together, so that a token's 128 bytes are written at once. Piece i of line t lies where piece i ^ t would be.
+template <bool Gelu, typename T, int M>
+__device__ __forceinline__ void store_tile(T* to, const TileSums<M>& sum, SharedAddress own, int64_t first_token, int first_row, const Sizes& s) {
+  const auto of = [](float v) { return Gelu ? gelu(v) : v; };
+  const unsigned lane = thread_again() % 32;
+  const SharedAddress put = own + lane / 4 * (128 + 16) + lane % 4 * 4, take = own + lane / 8 * 128 + (lane % 8 ^ lane / 8) * 16;
+  const int row = first_row + static_cast<int>(lane % 8) * 8, left = row < s.out ? static_cast<int>(s.tokens - first_token < 16 * M ? s.tokens - first_token : 16 * M) : 0;
+  T* at = to + (first_token + lane / 8) * s.out + row;
 #pragma unroll
   for (int m = 0; m < M; ++m)
+#pragma unroll(Gelu ? 1 : 2)  // GELU of all at once would not fit the registers
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+      for (int n = 0; n < 8; ++n) store_shared(put ^ n * 16u, pair(of(half ? sum[m][n][2] : sum[m][n][0]), of(half ? sum[m][n][3] : sum[m][n][1]), T()));
+      __syncwarp();
 #pragma unroll
-      for (int n0 = 0; n0 < 8; n0 += 4) {
-        uint32_t w[4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n) w[n] = pair(of(sum[m][n0 + n][2 * half]), of(sum[m][n0 + n][2 * half + 1]), T());
-        const uint4 q = transpose_quad(w);
-        const int lane = thread_again() % 32;  // addresses of all pieces at once would not fit the registers
-        const int64_t token = first_token + m * 16 + half * 8 + lane / 4;
-        const int row = first_row + (n0 + lane % 4) * 8;
-        if (token < s.tokens && row < s.out) *reinterpret_cast<uint4*>(to + token * s.out + row) = q;
+      for (int i = 0; i < 2; ++i) {
+        const uint4 q = load_shared((take ^ i * 64u) + i * 512);
+        if (m * 16 + half * 8 + i * 4 + static_cast<int>(lane / 8) < left) store_global(at, q);
+        at += 4 * s.out;
       }
+      __syncwarp();
+    }
 }
 
 // s.out is a multiple of 8: rows are there 8 at a time.
@@ -291,13 +284,12 @@ __device__ __forceinline__ void add_band(TileSums<M>& sum, const Weights& weight
   add_pairs<T, W, M, Ahead, 0>(sum, b, weights, pitch, column, counts);
 }
 
-// Applies the epilogue and writes.
+// Applies the epilogue and writes; own: see store_tile.
 template <typename T, int M>
-__device__ __forceinline__ void finish_tile(T* y, T* before, TileSums<M>& sum, int64_t first_token, int first_row, bool with_gelu, const Sizes& s) {
-  const auto same = [](float v) { return v; };
-  if (before) store_tile<T, M>(before, sum, first_token, first_row, s, same);
-  if (with_gelu) store_tile<T, M>(y, sum, first_token, first_row, s, [](float v) { return gelu(v); });
-  else store_tile<T, M>(y, sum, first_token, first_row, s, same);
+__device__ __forceinline__ void finish_tile(T* y, T* before, const TileSums<M>& sum, SharedAddress own, int64_t first_token, int first_row, bool with_gelu, const Sizes& s) {
+  T* const plain = with_gelu ? before : y;
+  if (plain) store_tile<false, T, M>(plain, sum, own, first_token, first_row, s);
+  if (with_gelu) store_tile<true, T, M>(y, sum, own, first_token, first_row, s);
 }
 
 }  // namespace dst_ops

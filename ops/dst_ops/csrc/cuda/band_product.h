@@ -38,8 +38,8 @@ band_resident(const T* __restrict__ x, Packed packed, const T* __restrict__ bias
   copies_wait<0>();
   __syncthreads();
 
-  const int warp_token = warp % token_warps * 16 * M;
-  const SharedAddress lane_row = shared_address(xs + (warp_token + lane % 16) * pitch) + lane / 16 * 16;
+  const auto warp_token = [=] { return static_cast<int>(thread_again() / 32) % token_warps * 16 * M; };
+  const SharedAddress lane_row = shared_address(xs + (warp_token() + lane % 16) * pitch) + lane / 16 * 16;
   for (int tile = blockIdx.y * row_warps + warp / token_warps; tile < s.tiles; tile += gridDim.y * row_warps) {
     TileSums<M> sum;
     start_sums<T, M>(sum, bias, tile * band_rows, s);
@@ -59,7 +59,10 @@ band_resident(const T* __restrict__ x, Packed packed, const T* __restrict__ bias
           },
           [counting](int j) { return counting >> j / 2 & 1; });
     }
-    finish_tile<T, M>(y, before, sum, first_token + warp_token, tile * band_rows, with_gelu, s);
+    // Computed for each tile: registers would not hold it over the loop.
+    const SharedAddress own = shared_address(memory) + 16 * M * token_warps * pitch * 2 + thread_again() / 32 * store_bytes;
+    const int64_t first_own = static_cast<int64_t>(again(blockIdx.x)) * (16 * M * token_warps) + warp_token();
+    finish_tile<T, M>(y, before, sum, own, first_own, tile * band_rows, with_gelu, s);
   }
 }
 
@@ -172,8 +175,8 @@ struct WindowLines {
     const unsigned line = Layout::whole(row, 0) ^ second;
     if constexpr (Layout::halves) {
       const unsigned half = Layout::half(row) ^ second;
-      packed[0] = upper ? line + 128 + (half << 16) : line + (line + 128 << 16);
-      packed[1] = (upper ? line + (line + 128 << 16) : half + (line << 16)) ^ (64 + (64u << 16));
+      packed[0] = upper ? line + 128 + (half << 16) : line + ((line + 128) << 16);
+      packed[1] = (upper ? line + ((line + 128) << 16) : half + (line << 16)) ^ (64 + (64u << 16));
     } else {
       packed[0] = (line + upper * 128) * 0x10001 + (128 << 16);
     }
@@ -268,7 +271,7 @@ band_stream(const T* __restrict__ x, Packed packed, const T* __restrict__ bias, 
     other = now, now = filled;
   }
   copies_wait<0>();
-  if (works()) finish_tile<T, M>(y, before, sum, first_token() + warp_token(), tile() * band_rows, with_gelu, s);
+  if (works()) finish_tile<T, M>(y, before, sum, shared_address(memory) + thread_again() / 32 * store_bytes, first_token() + warp_token(), tile() * band_rows, with_gelu, s);
 }
 
 }  // namespace dst_ops

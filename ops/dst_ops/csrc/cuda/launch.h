@@ -31,7 +31,12 @@ struct Device {
   explicit Device(const Tensor&) {}
   int stream = 0;
   int shared_memory = emulator_shared_memory();
+  int major = emulator::state.major;
+  int processors = 3;
 };
+template <typename K>
+bool fetches_boxes(K, int, const Device& device) { return device.major >= 9; }
+inline TensorMap tensor_map(const void* x, int64_t tokens, int features, int columns, int rows) { return {x, tokens, features, columns, rows}; }
 template <typename K>
 void allow_shared(K, int, const Device&) {}
 template <typename... P, typename... A>
@@ -51,12 +56,40 @@ struct Device {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index()));
     shared_memory = value;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, t.get_device_index()));
   }
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
   int shared_memory;
   int major = 0;  // compute capability
+  int processors = 0;
 };
+// Whether a kernel that asks the copy engine for boxes does so here. Machine code for chips without one, or that a driver made of code for such a
+// chip, has an empty kernel, which takes fewer threads.
+template <typename K>
+bool fetches_boxes(K kernel, int threads, const Device&) {
+  cudaFuncAttributes found;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&found, kernel));
+  return found.maxThreadsPerBlock >= threads;
+}
+// How the copy engine finds boxes of columns x rows in x [tokens, features] of 16-bit numbers, and exchanges the pieces of a row, which is
+// 64 or 128 bytes long.
+inline TensorMap tensor_map(const void* x, int64_t tokens, int features, int columns, int rows) {
+  static const auto encode = [] {  // of the driver, which the library is not linked with
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+    STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess, "dst_ops: the driver has no cuTensorMapEncodeTiled; install one for CUDA 12.0 or later");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  TensorMap map;
+  const cuuint64_t sizes[] = {cuuint64_t(features), cuuint64_t(tokens)}, strides[] = {cuuint64_t(features) * 2};
+  const cuuint32_t box[] = {cuuint32_t(columns), cuuint32_t(rows)}, steps[] = {1, 1};
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, "dst_ops: no tensor map for [", tokens, ", ", features, "], CUDA error ", int(result));
+  return map;
+}
 // Launches a kernel that calls await_previous() where it needs what the launch before it wrote. Chips before the H100 wait for all of it.
 template <typename... P, typename... A>
 void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int bytes, const Device& device, const A&... arguments) {
@@ -134,6 +167,7 @@ inline Output output(const Tensor& x, int64_t out, const std::optional<Tensor>& 
   }
   if (before)
     STD_TORCH_CHECK(before->is_contiguous() && before->numel() == result.y.numel() && before->scalar_type() == x.scalar_type(), "dst_ops: before must be like y");
+  STD_TORCH_CHECK(!before || gelu, "dst_ops: before is what GELU is applied to, and gelu is false");
   return result;
 }
 template <typename T>

@@ -16,12 +16,12 @@ static __global__ void __launch_bounds__(256) add_parts(const float* __restrict_
 
 // Splits of at least `least` tokens for a gradient that takes so many blocks without: as many as fill the processors a whole number
 // of times best, since all blocks take equally long. Each split's sums are written and read once more, so few are preferred.
-inline int splits_of(int64_t tokens, int64_t blocks, int64_t least) {
-  const int64_t most = std::max<int64_t>(1, std::min({tokens / least, ceil_div(4 * many_blocks, blocks), int64_t(65535)}));
+inline int splits_of(int64_t tokens, int64_t blocks, int64_t least, int64_t slots = many_blocks) {
+  const int64_t most = std::max<int64_t>(1, std::min({tokens / least, ceil_div(4 * slots, blocks), int64_t(65535)}));
   int64_t best = 1;
   double best_time = 1e30;
   for (int64_t splits = 1; splits <= most; ++splits) {
-    const double time = static_cast<double>(ceil_div(blocks * splits, many_blocks)) / static_cast<double>(splits) + 0.002 * static_cast<double>(blocks * splits) / many_blocks;
+    const double time = static_cast<double>(ceil_div(blocks * splits, slots)) / static_cast<double>(splits) + 0.002 * static_cast<double>(blocks * splits) / static_cast<double>(slots);
     if (time < 0.98 * best_time) best = splits, best_time = time;
   }
   return static_cast<int>(best);

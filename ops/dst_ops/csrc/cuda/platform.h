@@ -8,6 +8,7 @@
 #include "cuda_emulator.h"
 #else
 #include <assert.h>
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -72,6 +73,10 @@ __device__ __forceinline__ uint4 load_shared(SharedAddress p) {
   return q;
 }
 
+__device__ __forceinline__ void store_shared(SharedAddress p, uint32_t v) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(p), "r"(v) : "memory"); }
+// At once: nvcc splits what is assigned to a uint4 in four where its parts come from shared memory.
+__device__ __forceinline__ void store_global(void* p, const uint4& q) { asm volatile("st.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(p), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory"); }
+
 // 8 x 8 matrices of 16-bit elements: lane i gives the address of row i % 8 of matrix i / 8 (16 bytes, aligned).
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(p));
@@ -92,6 +97,39 @@ __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_
 // Until at most `Left` of this thread's groups are on their way.
 template <int Left>
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(Left)); }
+
+// The copy engine of the H100, and the barriers that count the bytes it has copied. A phase of a barrier is over when all threads that it was
+// initialised for have arrived and all bytes that they expect have come; barrier_wait waits for the end of a phase of this parity, the first
+// being 0, and does not wait for one before the first.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define DST_OPS_BOXES 1
+#else
+#define DST_OPS_BOXES 0
+#endif
+typedef CUtensorMap TensorMap;
+#if DST_OPS_BOXES
+__device__ __forceinline__ void barrier_init(SharedAddress b, int threads) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(b), "r"(threads) : "memory"); }
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(SharedAddress b) { asm volatile("mbarrier.arrive.shared.b64 _,[%0];" ::"r"(b) : "memory"); }
+__device__ __forceinline__ void barrier_expect(SharedAddress b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(b), "r"(bytes) : "memory"); }
+__device__ __forceinline__ void barrier_wait(SharedAddress b, unsigned parity) {
+  asm volatile("{\n.reg .pred over;\nagain%=:\nmbarrier.try_wait.parity.shared.b64 over,[%0],%1;\n@!over bra again%=;\n}" ::"r"(b), "r"(parity) : "memory");
+}
+// By all warps of each four: fewer registers a thread, or more of those that others gave.
+template <int Registers>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers)); }
+template <int Registers>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers)); }
+// A box of a tensor [tokens, features], zeros outside it; 16-byte pieces of its rows are exchanged as its map says, by where they lie in memory.
+__device__ __forceinline__ void copy_box(SharedAddress to, const TensorMap& map, int column, int token, SharedAddress b) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0],[%1,{%2,%3}],[%4];" ::"r"(to), "l"(&map), "r"(column), "r"(token), "r"(b)
+               : "memory");
+}
+// A multiple of 16 bytes.
+__device__ __forceinline__ void copy_bulk(SharedAddress to, const void* global, int bytes, SharedAddress b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(global), "r"(bytes), "r"(b) : "memory");
+}
+#endif
 
 }  // namespace dst_ops
 #endif
