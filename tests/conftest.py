@@ -13,6 +13,7 @@ from dst_ops import cuda, routes
 MARKERS = (
     "cpu_only: about the CPU's kernels alone, or a matter of the host that is tested once",
     "cuda_only: about the CUDA kernels alone, on a GPU or emulated",
+    "every_chip: emulated, also with the kernels of chips before the H100",
     "not_emulated: starts processes, in which there is no emulator",
 )
 
@@ -49,13 +50,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any("kernel" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "kernel" in metafunc.fixturenames and not own:
-        kernels = {"cpu": ("natural",), "emulated": (*routes.KERNELS, OLDER), "cuda": routes.KERNELS}
-        metafunc.parametrize("kernel", kernels[metafunc.config.getoption("--backend")], indirect=True)
+        kernels = {"cpu": ("natural",)}.get(backend := metafunc.config.getoption("--backend"), routes.KERNELS)
+        if backend == "emulated" and metafunc.definition.get_closest_marker("every_chip"):
+            kernels = (*kernels, OLDER)
+        metafunc.parametrize("kernel", kernels, indirect=True)
 
 
 @pytest.fixture
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each of the CUDA kernels in turn, where it can take the call; there is no choice on the CPU."""
+    if request.param == OLDER and request.config.getoption("--backend") != "emulated":
+        pytest.skip("needs --backend emulated")
     choose = routes.choose
     name = "band" if request.param == OLDER else request.param
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,18 +71,28 @@ def diagonal_linear(
         _check_numbers(offsets, out_features, in_features, band)  # the compiled kernels check them themselves
     x = reference.as_taken(x)  # here, so that the gradient of values finds the copy that the forward pass made
     _check(activation in (None, "gelu"), "activation", "", repr(activation), "None or 'gelu'")
+    arguments = (x, values, offsets, out_features, band, bias)
     try:
-        if activation == "gelu":
-            # Inside vmap, requires_grad of whatever is mapped over is False.
-            needed = torch._C._are_functorch_transforms_active() or any(
-                t is not None and t.requires_grad for t in (x, values, bias)
-            )
-            keep = torch.is_grad_enabled() and needed
-            return torch.ops.dst_ops.linear_gelu(x, values, offsets, out_features, band, bias, keep)[0]
-        return torch.ops.dst_ops.linear(x, values, offsets, out_features, band, bias)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return _call(arguments, activation)
+        # The ops' autograd is in Python, where it takes as long as a product of one token, also if it has nothing to do.
+        with torch._C._AutoDispatchBelowAutograd():
+            return _call(arguments, activation)
     except RuntimeError:
         _check_numbers(offsets, out_features, in_features, band)
         raise
+
+
+def _call(arguments: tuple[Any, ...], activation: str | None) -> Tensor:
+    ops = torch.ops.dst_ops
+    if activation is None:
+        return ops.linear(*arguments)
+    x, values, _, _, _, bias = arguments
+    # Inside vmap, requires_grad of whatever is mapped over is False.
+    needed = torch._C._are_functorch_transforms_active() or any(
+        t is not None and t.requires_grad for t in (x, values, bias)
+    )
+    return ops.linear_gelu(*arguments, torch.is_grad_enabled() and needed)[0]
 
 
 def to_dense(values: Tensor, offsets: Tensor, *, out_features: int, in_features: int, band: int = 1) -> Tensor:

@@ -35,6 +35,7 @@ def _run(c: dict[str, Any]) -> list[Tensor]:
     ]
 
 
+@pytest.mark.every_chip
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("rows", [3, 40, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -52,6 +53,7 @@ def test_the_order_of_threads_does_not_matter(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.every_chip
 @pytest.mark.usefixtures("kernel", "emulator")
 @pytest.mark.parametrize(
     ("m", "n", "band", "units", "rows"),

@@ -295,3 +295,22 @@ def test_a_meta_tensor_gives_the_shape() -> None:
     meta = {k: c[k].to("meta") for k in ("x", "values", "offsets", "bias")}
     y = dst_ops.diagonal_linear(meta["x"], meta["values"], meta["offsets"], meta["bias"], **c["sizes"])
     assert (y.shape, y.dtype, y.device.type) == ((2, 5, 24), torch.bfloat16, "meta")
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_without_gradients_the_result_is_the_same_and_asks_for_none(activation: str | None) -> None:
+    """Calls then pass the ops' autograd by."""
+    c = case(24, 60, 9, 1, torch.float32, (2, 5))
+    x, values, bias = (c[k].requires_grad_() for k in ("x", "values", "bias"))
+    arguments = (x, values, c["offsets"], bias)
+    expected = dst_ops.diagonal_linear(*arguments, **c["sizes"], activation=activation)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            y = dst_ops.diagonal_linear(*arguments, **c["sizes"], activation=activation)
+        assert not y.requires_grad
+        assert torch.equal(y, expected)
+    with torch.no_grad():
+        mapped = torch.vmap(
+            lambda row: dst_ops.diagonal_linear(row, *arguments[1:], **c["sizes"], activation=activation)
+        )(x)
+    assert torch.equal(mapped, expected)
