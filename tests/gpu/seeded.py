@@ -117,7 +117,7 @@ CHECKS: dict[str, list[Callable[[], bool]]] = {
     ],
     "band_boxes_gradient": [
         partial(_gradient, "band", *case, BF16)
-        for case in ((192, 128, 2, 64, 140), (512, 256, 3, 32, 100), (320, 288, 9, 32, 520))
+        for case in ((192, 128, 2, 64, 140), (512, 256, 3, 32, 100), (320, 288, 10, 32, 520))
     ],
     # From 256 positions on, also parts that are there as a whole.
     "band_gradient": [

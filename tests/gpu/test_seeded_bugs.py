@@ -130,7 +130,7 @@ BUGS = [
     ),
     _bug(
         "no wait for a stage of boxes in the gradient",
-        "band_boxes_gradient", TOO_MANY, "band_boxes_gradient.h",
+        "band_boxes_gradient", STUCK, "band_boxes_gradient.h",
         "    barrier_wait(full(stage), turn);\n", "",
     ),
     _bug(
