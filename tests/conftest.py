@@ -50,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any("kernel" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "kernel" in metafunc.fixturenames and not own:
-        kernels = {"cpu": ("natural",)}.get(backend := metafunc.config.getoption("--backend"), routes.KERNELS)
+        backend = metafunc.config.getoption("--backend")
+        kernels: tuple[str, ...] = ("natural",) if backend == "cpu" else routes.KERNELS
         if backend == "emulated" and metafunc.definition.get_closest_marker("every_chip"):
             kernels = (*kernels, OLDER)
         metafunc.parametrize("kernel", kernels, indirect=True)
