@@ -73,7 +73,7 @@ def diagonal_linear(
     _check(activation in (None, "gelu"), "activation", "", repr(activation), "None or 'gelu'")
     arguments = (x, values, offsets, out_features, band, bias)
     try:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _call(arguments, activation)
         # The ops' autograd is in Python, where it takes as long as a product of one token, also if it has nothing to do.
         with torch._C._AutoDispatchBelowAutograd():
