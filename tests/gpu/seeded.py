@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dst_ops import reference, registration  # noqa: F401  (registers torch.ops.dst_ops)
 
-FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+FLOAT, BF16 = torch.float32, torch.bfloat16
 
 
 def _integers(g: torch.Generator, *shape: int) -> Tensor:
@@ -63,7 +63,8 @@ def _sums(tokens: int, features: int, dtype: torch.dtype) -> bool:
     return torch.equal(torch.ops.dst_ops.cuda_sum_of_rows(dy.to(dtype)), dy.sum(0).float())
 
 
-# More than 96 diagonals: a warp's list is still written to in its last round.
+# Without fp16, whose kernels are bf16's, and which test_seeded_bugs.py does not compile. More than 96 diagonals: a warp's list is
+# still written to in its last round.
 CHECKS: dict[str, list[Callable[[], bool]]] = {
     "scalar_product": [
         partial(_product, "scalar", *case)
@@ -76,12 +77,12 @@ CHECKS: dict[str, list[Callable[[], bool]]] = {
     "scalar_few": [
         partial(_product, "scalar", *case)
         for case in (
-            (70, 40, 24, 1, 3, HALF),
+            (70, 40, 24, 1, 3, BF16),
             (40, 72, 6, 4, 3, FLOAT),
             (64, 48, 40, 1, 1, BF16),
             (48, 64, 40, 1, 9, BF16),
             (2048, 24, 6, 1, 30, BF16),
-            (4096, 24, 8, 8, 25, HALF),
+            (4096, 24, 8, 8, 25, BF16),
         )
     ],
     # So many diagonals that a warp fetches weights into places it has read, and lists diagonals more than once.
@@ -92,7 +93,7 @@ CHECKS: dict[str, list[Callable[[], bool]]] = {
     "scalar_splits": [partial(_gradient, "scalar", 40, 70, 3, 1, 260, BF16)],
     "band_resident": [
         partial(_product, "band", *case, tokens, dtype)
-        for tokens, dtype in ((3, BF16), (40, HALF))
+        for tokens, dtype in ((3, BF16), (40, BF16))
         for case in ((96, 64, 3, 8), (64, 96, 3, 16), (192, 128, 2, 32), (64, 192, 2, 64))
     ],
     # So many features that a tile of tokens does not fit: the other kernel. Several bands, so that windows follow each other;
@@ -132,8 +133,8 @@ CHECKS: dict[str, list[Callable[[], bool]]] = {
             (256, 512, 2, 64),
         )
     ],
-    "band_splits": [partial(_gradient, "band", 64, 96, 3, 8, 520, HALF)],
-    "sums_tokens": [partial(_sums, *case) for case in ((3, 50, FLOAT), (150, 72, BF16), (700, 520, HALF))],
+    "band_splits": [partial(_gradient, "band", 64, 96, 3, 8, 520, BF16)],
+    "sums_tokens": [partial(_sums, *case) for case in ((3, 50, FLOAT), (150, 72, BF16), (700, 520, BF16))],
     "dense": [partial(_dense, *case) for case in ((70, 40, 30, 1, BF16), (40, 72, 5, 8, FLOAT))],
 }
 
