@@ -73,7 +73,7 @@ SANITIZED = env DST_OPS_CACHE=$(CURDIR)/build/sanitize DST_OPS_REQUIRE_FUSED=1 O
 sanitize: install
 	for isa in portable avx2 avx512; do \
 	  $(SANITIZED) DST_OPS_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 \
-	    $(BIN)/python -m pytest -q -s tests/unit/ops/test_op.py tests/unit/ops/test_scores.py --numprocesses 2 || exit 1; \
+	    $(BIN)/python -m pytest -q -s tests/unit/ops/test_op.py tests/unit/ops/test_scores.py || exit 1; \
 	done
 	$(SANITIZED) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q -s tests/gpu/test_emulated.py --backend emulated --numprocesses 2
 
