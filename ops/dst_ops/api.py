@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dst_ops import build, reference, registration  # noqa: F401  (registers torch.ops.dst_ops)
 
@@ -47,6 +49,7 @@ def diagonal_linear(
     Raises:
         ValueError: naming the argument, its value and what was expected. Values of offsets are checked in eager mode
             on the CPU; a traced program relies on the kernel's own bounds check (RuntimeError).
+        NotImplementedError: for forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad).
     """
     # Here and not as an autocast kernel of the op: torch.library.register_autocast casts to one dtype named when it is
     # registered, whatever dtype the autocast region asks for. Like torch's own, this leaves float64 alone.
@@ -55,25 +58,27 @@ def diagonal_linear(
         dtype = torch.get_autocast_dtype(device)
         x, values = _cast(x, dtype), _cast(values, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    _check_offsets(offsets, out_features, in_features, band)
-    _check(x.dtype in DTYPES, "x", "dtype", x.dtype, "float32, bfloat16, float16 or float64")
-    _check(x.dim() >= 1 and x.shape[-1] == in_features, "x", "shape", x.shape, "[..., in_features={}]", in_features)
-    expected = (offsets.shape[0] * band, min(out_features, in_features))
-    _check(tuple(values.shape) == expected, "values", "shape", values.shape, expected)
-    _check(values.dtype == x.dtype, "values", "dtype", values.dtype, "the dtype of x, {} (or autocast)", x.dtype)
-    _check(values.device == x.device, "values", "device", values.device, "the device of x, {}", x.device)
-    _check(offsets.device == x.device, "offsets", "device", offsets.device, "the device of x, {}", x.device)
-    if bias is not None:
-        _check(tuple(bias.shape) == (out_features,), "bias", "shape", bias.shape, (out_features,))
-        _check(bias.dtype == x.dtype, "bias", "dtype", bias.dtype, "the dtype of x, {}", x.dtype)
-        _check(bias.device == x.device, "bias", "device", bias.device, "the device of x, {}", x.device)
-    if device == "cpu" and not torch.compiler.is_compiling() and not build.load():
+    tracing = torch.compiler.is_compiling()
+    # Tensors by what is checked of them, for which a call of one token has no time at each call.
+    (_check_call.__wrapped__ if tracing else _check_call)(
+        (x.dtype, x.device, x.shape),
+        (values.dtype, values.device, values.shape),
+        (offsets.dtype, offsets.device, offsets.shape),
+        None if bias is None else (bias.dtype, bias.device, bias.shape),
+        out_features,
+        in_features,
+        band,
+    )
+    if activation not in (None, "gelu"):
+        raise ValueError(f"activation: {activation!r}, expected None or 'gelu'")
+    if forward_ad._current_level >= 0:
+        _check_no_tangents(x=x, values=values, bias=bias)
+    if device == "cpu" and not tracing and not build.load():
         _check_numbers(offsets, out_features, in_features, band)  # the compiled kernels check them themselves
     x = reference.as_taken(x)  # here, so that the gradient of values finds the copy that the forward pass made
-    _check(activation in (None, "gelu"), "activation", "", repr(activation), "None or 'gelu'")
     arguments = (x, values, offsets, out_features, band, bias)
     try:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if tracing or torch.is_grad_enabled():
             return _call(arguments, activation)
         # The ops' autograd is in Python, where it takes as long as a product of one token, also if it has nothing to do.
         with torch._C._AutoDispatchBelowAutograd():
@@ -97,7 +102,7 @@ def _call(arguments: tuple[Any, ...], activation: str | None) -> Tensor:
 
 def to_dense(values: Tensor, offsets: Tensor, *, out_features: int, in_features: int, band: int = 1) -> Tensor:
     """The weight as [out_features, in_features], in the dtype of values; differentiable. Errors as `diagonal_linear`."""
-    _check_offsets(offsets, out_features, in_features, band)
+    _check_offsets(offsets.dtype, offsets.shape, out_features, in_features, band)
     _check_numbers(offsets, out_features, in_features, band)
     expected = (offsets.shape[0] * band, min(out_features, in_features))
     _check(tuple(values.shape) == expected, "values", "shape", values.shape, expected)
@@ -107,7 +112,7 @@ def to_dense(values: Tensor, offsets: Tensor, *, out_features: int, in_features:
 def from_dense(weight: Tensor, offsets: Tensor, *, band: int = 1) -> Tensor:
     """The values [U * band, L] of the given diagonals of a dense weight [out_features, in_features]; differentiable."""
     _check(weight.dim() == 2, "weight", "shape", weight.shape, "[out_features, in_features]")
-    _check_offsets(offsets, weight.shape[0], weight.shape[1], band)
+    _check_offsets(offsets.dtype, offsets.shape, weight.shape[0], weight.shape[1], band)
     _check_numbers(offsets, weight.shape[0], weight.shape[1], band)
     rows, columns = reference.positions(offsets, weight.shape[0], weight.shape[1], band)
     return weight[rows, columns]
@@ -162,6 +167,41 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
+_Tensor = tuple[torch.dtype, torch.device, torch.Size]
+
+
+@functools.lru_cache
+def _check_call(
+    x: _Tensor,
+    values: _Tensor,
+    offsets: _Tensor,
+    bias: _Tensor | None,
+    out_features: int,
+    in_features: int,
+    band: int,
+) -> None:
+    dtype, device, shape = x
+    _check_offsets(offsets[0], offsets[2], out_features, in_features, band)
+    _check(dtype in DTYPES, "x", "dtype", dtype, "float32, bfloat16, float16 or float64")
+    _check(len(shape) >= 1 and shape[-1] == in_features, "x", "shape", shape, "[..., in_features={}]", in_features)
+    expected = (offsets[2][0] * band, min(out_features, in_features))
+    _check(tuple(values[2]) == expected, "values", "shape", values[2], expected)
+    _check(values[0] == dtype, "values", "dtype", values[0], "the dtype of x, {} (or autocast)", dtype)
+    _check(values[1] == device, "values", "device", values[1], "the device of x, {}", device)
+    _check(offsets[1] == device, "offsets", "device", offsets[1], "the device of x, {}", device)
+    if bias is not None:
+        _check(tuple(bias[2]) == (out_features,), "bias", "shape", bias[2], (out_features,))
+        _check(bias[0] == dtype, "bias", "dtype", bias[0], "the dtype of x, {}", dtype)
+        _check(bias[1] == device, "bias", "device", bias[1], "the device of x, {}", device)
+
+
+def _check_no_tangents(**tensors: Tensor | None) -> None:
+    """torch gives the results of an operator that is defined in Python no tangent, and says nothing."""
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name}: has a tangent, and there are no forward-mode derivatives; use backward")
+
+
 def _check(ok: bool, argument: str, what: str, got: object, expected: object, *parts: object) -> None:
     """`parts` fill the braces of `expected`, here and only on failure: dynamo cannot put a dynamic size into a string."""
     if not ok:
@@ -184,18 +224,11 @@ def _check_band(out_features: int, in_features: int, band: int) -> None:
     )
 
 
-def _check_offsets(offsets: Tensor, out_features: int, in_features: int, band: int) -> None:
+def _check_offsets(dtype: torch.dtype, shape: torch.Size, out_features: int, in_features: int, band: int) -> None:
     _check_band(out_features, in_features, band)
     units = max(out_features, in_features) // band
-    _check(offsets.dtype == torch.int32, "offsets", "dtype", offsets.dtype, "int32")
-    _check(
-        offsets.dim() == 1 and 1 <= offsets.shape[0] <= units,
-        "offsets",
-        "shape",
-        offsets.shape,
-        "[1 to {}]",
-        units,
-    )
+    _check(dtype == torch.int32, "offsets", "dtype", dtype, "int32")
+    _check(len(shape) == 1 and 1 <= shape[0] <= units, "offsets", "shape", shape, "[1 to {}]", units)
 
 
 def _check_numbers(offsets: Tensor, out_features: int, in_features: int, band: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import dst_ops
 from tests.unit.ops.oracle import CASES, case, dense
@@ -259,8 +260,12 @@ def test_bands_of_wide_layers(shape: tuple[int, int, int, int], rows: int) -> No
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(100, 300, 20, 1), (300, 100, 20, 1), (96, 96, 2, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(100, 300, 20, 1), (500, 260, 500, 1), (96, 96, 2, 16), (460, 730, 60, 1), (1310, 460, 100, 1), (512, 512, 9, 16)],
+    ids=str,
+)
 def test_bits_of_a_token_do_not_depend_on_how_many_there_are(
     shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
@@ -269,7 +274,7 @@ def test_bits_of_a_token_do_not_depend_on_how_many_there_are(
     def first(rows: int) -> Tensor:
         return dst_ops.diagonal_linear(c["x"][:rows], c["values"], c["offsets"], c["bias"], **c["sizes"])
 
-    for rows in (1, 5, 32, 33, 64):
+    for rows in (1, 2, 7, 32, 33, 64):
         assert torch.equal(first(rows), first(101)[:rows])
 
 
@@ -387,6 +392,19 @@ def _call(**changes: Any) -> Tensor:
 def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _call(**changes)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("name", ["x", "values", "bias"])
+def test_forward_mode_derivatives_are_refused(name: str, activation: str | None) -> None:
+    c = case(12, 8, 3, 2, torch.float32)
+    message = f"{name}: has a tangent, and there are no forward-mode derivatives"
+    with forward_ad.dual_level():
+        assert _call(activation=activation).shape == (5, 12)
+        with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
+            _call(**{name: forward_ad.make_dual(c[name], torch.ones_like(c[name]))}, activation=activation)
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(lambda t: _call(**{name: t}, activation=activation), (c[name],), (c[name],))
 
 
 # On another device reading the numbers would wait for it: there the kernels stop.

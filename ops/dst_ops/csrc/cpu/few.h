@@ -32,21 +32,29 @@ void few_product(const In* in, const In* values, const In* bias, In* out, const 
     start[k] = static_cast<int>(scatter ? P - u.offset - d : u.offset + d);
     slot[k] = u.slot + d;
   }
-  // Row r: input (r mod P) of a token, or zero.
-  const int64_t ld = P + tile;
-  T* const x = scratch<T, rows_id>(B * ld);
   std::vector<T> add(O + tile, T(0));
   if (bias != nullptr) kernel.convert(bias, O, add.data());
-  for (int64_t b = 0; b < B; ++b) {
-    T* const row = x + b * ld;
-    kernel.convert(in + b * I, I, row);
-    std::fill_n(row + I, P - I, T(0));
-    for (int64_t r = P; r < ld; r += P) std::copy_n(row, std::min(P, ld - r), row + r);
-  }
   torch::stable::parallel_for(0, (O + tile - 1) / tile, 1, [&](int64_t begin, int64_t stop) {
-    const Diagonals diagonals{start.data(), slot.data(), K, 1};
-    for (int64_t t = begin; t < stop; ++t)
-      kernel.few(x, ld, B, values, L, P, diagonals, scatter, t * tile, std::min(tile, O - t * tile), add.data() + t * tile, out + t * tile, O);
+    // Row r of a token: input (r mod P), or zero. Each thread makes its own, as rows out of another's cache would come too late.
+    const int64_t wide = 4 * tile, ld = P + wide;
+    T* const x = scratch<T, rows_id>(B * ld);
+    for (int64_t b = 0; b < B; ++b) {
+      T* const row = x + b * ld;
+      kernel.convert(in + b * I, I, row);
+      std::fill_n(row + I, P - I, T(0));
+      for (int64_t r = P; r < ld; r += P) std::copy_n(row, std::min(P, ld - r), row + r);
+    }
+    std::vector<int> met_start(K);
+    std::vector<long> met_slot(K);
+    for (int64_t i = begin * tile, end = std::min(stop * tile, O); i < end; i += wide) {
+      // All but those whose rows i + start, ..., i + start + wide - 1 are zeros, which are L ... P - 1 and from P + L on.
+      const auto before = [&](int64_t row) { return std::lower_bound(start.begin(), start.end(), row - i) - start.begin(); };
+      const int64_t gap = scatter ? before(L) : K, resumed = std::max(gap, before(P - wide + 1)), last = scatter ? before(P + L) : K;
+      int64_t met = 0;
+      for (const auto& [from, to] : {std::pair(int64_t(0), std::min(gap, last)), std::pair(resumed, last)})
+        for (int64_t k = from; k < to; ++k, ++met) met_start[met] = start[k], met_slot[met] = slot[k];
+      kernel.few(x, ld, B, values, L, P, {met_start.data(), met_slot.data(), met, 1}, scatter, i, std::min(wide, end - i), add.data() + i, out + i, O);
+    }
   });
 }
 

@@ -17,12 +17,31 @@ static void add_absolute(const In* in, long count, T* to) {
   if (i < count) store_some(to + i, load_some(to + i, count - i) + absolute(load_some(in + i, count - i)), count - i);
 }
 
+// to[0..count) = from[0..count) for less than 2 * N elements.
+template <int N, typename In>
+static inline void copy_few(const In* from, long count, In* to) {
+  if (count >= N) {
+    __builtin_memcpy(to, from, N * sizeof(In));
+    from += N, to += N, count -= N;
+  }
+  if constexpr (N > 1) copy_few<N / 2>(from, count, to);
+}
+
 // some[0..count) = v[(from + i) mod period], zeros where that is not below length; from lies in (-period, 2 period).
 template <typename In>
 static void wrapped(const In* v, long length, long period, long from, int count, In* some) {
-  for (int i = 0; i < count; ++i) {
-    const long at = from + i < 0 ? from + i + period : from + i >= period ? from + i - period : from + i;
-    some[i] = at < length ? v[at] : In{};
+  constexpr int n = lanes<typename SumOf<In>::type>;
+  for (long i = 0, run; i < count; i += run) {
+    const long at = from + i < 0 ? from + i + period : from + i >= period ? from + i - period : from + i, left = count - i;
+    const long there = at < length ? length - at : at < period ? period - at : left;
+    run = there < left ? there : left;
+    if (at >= length) {
+      for (long j = 0; j < run; ++j) some[i + j] = In{};
+      continue;
+    }
+    long j = 0;
+    for (; j + 2 * n <= run; j += n) __builtin_memcpy(some + i + j, v + at + j, n * sizeof(In));
+    copy_few<n>(v + at + j, run - j, some + i + j);
   }
 }
 
@@ -88,22 +107,24 @@ static void multiply(const T* x, const Diagonals& u, const T* weight, T* sums, l
   for (; k < count && start(k) < to; ++k) part(k);
 }
 
-// out[r][0..many) of R tokens = outputs from `output` on, at most a tile: features in the lanes. x: rows of
-// length `period`, followed by their first tile.
-template <int R, typename In, typename T = typename SumOf<In>::type>
+// out[r][0..many) of R tokens = outputs from `output` on, at most C vectors: features in the lanes. x: rows of
+// length `period`, followed by their first C vectors.
+template <int R, int C, typename In, typename T = typename SumOf<In>::type>
 static void few_rows(const T* x, long ld, const In* values, long length, long period, const Diagonals& u, bool along_input, long output, long many,
                      const T* bias, In* out, long ld_out) {
-  constexpr int n = lanes<T>, width = tile_width<T>, ahead = 8;
-  V<T> sum[R][columns] = {};
+  constexpr int n = lanes<T>, width = C * n, ahead = 24 / C;
+  const auto row_of = [&](long e) {
+    const long row = output + u.start[e];
+    return row < period ? row : row - period;
+  };
+  V<T> sum[R][C] = {};
   for (long e = 0; e < u.count; ++e) {
-    long row = output + u.start[e];
-    if (row >= period) row -= period;
-    const long from = along_input ? row : output;
+    const long row = row_of(e), from = along_input ? row : output;
     const In *const v = values + u.slot[e] * length, *some = v + from;
     if (along_input && from >= length && from + width <= period) continue;  // zeros only
     if (e + ahead < u.count) {
-      const In* const next = values + u.slot[e + ahead] * length + (along_input ? (output + u.start[e + ahead]) % period : output);
-#pragma GCC unroll 8
+      const In* const next = values + u.slot[e + ahead] * length + (along_input ? row_of(e + ahead) : output);
+#pragma GCC unroll 12
       for (int line = 0; line < width * int(sizeof(In)); line += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + line);
     }
     In edge[width];
@@ -111,25 +132,32 @@ static void few_rows(const T* x, long ld, const In* values, long length, long pe
       wrapped(v, length, period, from, width, edge);
       some = edge;
     }
-    V<T> w[columns];
-#pragma GCC unroll 3
-    for (int c = 0; c < columns; ++c) w[c] = load(some + c * n);
+    const T* xs = x + row;
+    V<T> w[C];
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c) w[c] = load(some + c * n);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-      for (int c = 0; c < columns; ++c) sum[r][c] = multiply_add(w[c], load(x + r * ld + row + c * n), sum[r][c]);
+    for (int r = 0; r < R; ++r, step(xs, ld))
+#pragma GCC unroll 12
+      for (int c = 0; c < C; ++c) sum[r][c] = multiply_add(w[c], load(xs + c * n), sum[r][c]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-    for (int c = 0; c < columns; ++c) store_some(out + r * ld_out + c * n, sum[r][c] + load(bias + c * n), many - c * n);
+#pragma GCC unroll 12
+    for (int c = 0; c < C; ++c) store_some(out + r * ld_out + c * n, sum[r][c] + load(bias + c * n), many - c * n);
 }
 
-// The same for any number of tokens.
+// The same for any number of tokens and outputs: the fewer tokens, the wider a tile, as far as sums and weights fit into the registers.
 template <typename In, int R = rows, typename T = typename SumOf<In>::type>
 static void few(const T* x, long ld, long count, const In* values, long length, long period, const Diagonals& u, bool along_input, long output, long many,
                 const T* bias, In* out, long ld_out) {
-  for (; count >= R; count -= R, x += R * ld, out += R * ld_out) few_rows<R>(x, ld, values, length, period, u, along_input, output, many, bias, out, ld_out);
+  constexpr int registers = DST_OPS_VECTOR == 64 ? 32 : 16, C = columns * ((R + 1) * 4 * columns < registers ? 4 : (R + 1) * 2 * columns < registers ? 2 : 1);
+  constexpr int wide = C * lanes<T>, narrow = tile_width<T>;
+  for (; count >= R; count -= R, x += R * ld, out += R * ld_out) {
+    long o = 0;
+    for (; o + wide <= many; o += wide) few_rows<R, C>(x, ld, values, length, period, u, along_input, output + o, wide, bias + o, out + o, ld_out);
+    for (; o < many; o += narrow) few_rows<R, columns>(x, ld, values, length, period, u, along_input, output + o, many - o, bias + o, out + o, ld_out);
+  }
   if constexpr (R > 1) few<In, R / 2>(x, ld, count, values, length, period, u, along_input, output, many, bias, out, ld_out);
 }
 
