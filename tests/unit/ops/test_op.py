@@ -278,6 +278,24 @@ def test_bits_of_a_token_do_not_depend_on_how_many_there_are(
         assert torch.equal(first(rows), first(101)[:rows])
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_so(dtype: torch.dtype, rows: int) -> None:
+    c = case(128, 96, 5, 1, dtype, (rows,))
+    x = c["x"]
+    x[0, 7], x[1, 20], x[2, 90] = torch.nan, torch.inf, -torch.inf
+    if dtype.itemsize == 2:
+        x.view(torch.int16)[0, 50] = 0x7FFF  # a NaN of ones only: rounding must not carry it into the sign
+    y = dst_ops.diagonal_linear(x, c["values"], c["offsets"], c["bias"], **c["sizes"])
+    weight = dst_ops.to_dense(c["values"], c["offsets"], **c["sizes"]).double()
+    meets = weight[:, [7, 50]] != 0 if dtype.itemsize == 2 else weight[:, [7]] != 0
+    assert torch.equal(y[0].isnan(), meets.any(1))
+    assert torch.equal(y[1].isinf(), weight[:, 20] != 0)
+    assert torch.equal(y[2] == torch.inf, weight[:, 90] < 0)
+    assert y[3:].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(7, 5, 3, 1), (5, 7, 3, 1), (6, 6, 1, 2)], ids=str)
 def test_first_and_second_derivatives(shape: tuple[int, int, int, int]) -> None:
     c = case(*shape, torch.float64, (3,))

@@ -152,11 +152,11 @@ template <typename In, int R = rows, typename T = typename SumOf<In>::type>
 static void few(const T* x, long ld, long count, const In* values, long length, long period, const Diagonals& u, bool along_input, long output, long many,
                 const T* bias, In* out, long ld_out) {
   constexpr int registers = DST_OPS_VECTOR == 64 ? 32 : 16, C = columns * ((R + 1) * 4 * columns < registers ? 4 : (R + 1) * 2 * columns < registers ? 2 : 1);
-  constexpr int wide = C * lanes<T>, narrow = tile_width<T>;
+  constexpr int wide = C * lanes<T>, least = tile_width<T>;
   for (; count >= R; count -= R, x += R * ld, out += R * ld_out) {
     long o = 0;
     for (; o + wide <= many; o += wide) few_rows<R, C>(x, ld, values, length, period, u, along_input, output + o, wide, bias + o, out + o, ld_out);
-    for (; o < many; o += narrow) few_rows<R, columns>(x, ld, values, length, period, u, along_input, output + o, many - o, bias + o, out + o, ld_out);
+    for (; o < many; o += least) few_rows<R, columns>(x, ld, values, length, period, u, along_input, output + o, many - o, bias + o, out + o, ld_out);
   }
   if constexpr (R > 1) few<In, R / 2>(x, ld, count, values, length, period, u, along_input, output, many, bias, out, ld_out);
 }

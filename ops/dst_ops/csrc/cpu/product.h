@@ -25,10 +25,11 @@
 namespace dst_ops {
 namespace {
 
-// Outputs that share the input rows which a chunk of sections spans: whole lines of y. If units meet many rows, those of a chunk stay
-// in the first-level cache; if few, it costs less to take them from the second than to store and load sums between chunks. Chunks
-// pay earlier where the first-level cache has room for weights beside one.
-constexpr int64_t block_outputs = 112, chunk_bytes = 32 * 1024;
+// A block: tiles of outputs that share the input rows which a chunk of sections spans. It is whole lines of y, also of numbers of 16
+// bits (16 tiles of 14 or 6 outputs). If units meet many rows, those of a chunk stay in the first-level cache; if few, it costs less to
+// take them from the second than to store and load sums between chunks. Chunks pay earlier where the first-level cache has room for
+// weights beside one.
+constexpr int64_t block_tiles = 16, chunk_bytes = 32 * 1024;
 int64_t least_chunked_bytes() { return (wide_first_level() ? 64 : 192) * 1024; }
 
 // Most weights packed at a time: 8 MiB in fp32.
@@ -78,13 +79,14 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
     const auto [first, last] = meeting(begin, end);
     parts[p] = {i, row, begin, end, first, last, 0};
   }
+  const int64_t block_outputs = block_tiles * outputs;
   std::vector<T> add(O + block_outputs, T(0));
   if (bias != nullptr) kernel.convert(bias, O, add.data());
 
   // The weights of a segment of blocks are packed at a time, so that they take no more memory than x or y.
   const auto read = layout.feature_major ? kernel.copy_in : kernel.transpose_in;
   const auto write = layout.feature_major ? kernel.copy_out : kernel.transpose_out;
-  const int64_t block_tiles = block_outputs / outputs, most = std::min(layout.tokens * P, segment_weights);
+  const int64_t most = std::min(layout.tokens * P, segment_weights);
   for (int64_t begin_tile = 0, end_tile; begin_tile < tiles; begin_tile = end_tile) {
     int64_t packed = 0;
     for (end_tile = begin_tile; end_tile < tiles; ++end_tile) {

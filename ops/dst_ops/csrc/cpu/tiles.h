@@ -85,24 +85,40 @@ static void transpose_in(const In* in, long ld, long count, long features, T* to
 // go past the caches: writing one there would first read what it held.
 template <typename In, typename T = typename SumOf<In>::type>
 static void transpose_out(const T* sums, long count, long features, const T* bias, In* out, long ld) {
-  constexpr int n = lanes<T>, few = group<T>, line = 64 / (n * sizeof(In));
+  constexpr int n = lanes<T>;
+  constexpr int line = 64 / sizeof(In);
+  // Where a vector of pairs is a line, numbers of 16 bits are rounded and paired first: half as many vectors are transposed then.
+  constexpr bool pairs = sizeof(In) == 2 && 2 * n == line;
+  constexpr int many = pairs ? n : group<T>;  // tokens at a time
   const bool aligned = (reinterpret_cast<unsigned long>(out) | ld * sizeof(In)) % 64 == 0;
-  for (long b = 0; b < count; b += few) {
+  for (long b = 0; b < count; b += many) {
     long f = 0;
-    for (; aligned && b + few <= count && f + line * n <= features; f += line * n) {
-      V<T> v[line][few], add[line];
+    for (; aligned && b + many <= count && f + line <= features; f += line) {
+      if constexpr (pairs) {
+        V<float> v[n];
+        const float* from = sums + f * tokens<T> + b;
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i, step(from, 2 * tokens<T>)) v[i] = paired(out, load(from) + bias[f + 2 * i], load(from + tokens<T>) + bias[f + 2 * i + 1]);
+        transpose<float>(v);
+        In* to = out + b * ld + f;
+#pragma GCC unroll 16
+        for (int r = 0; r < n; ++r, step(to, ld)) store_past(reinterpret_cast<float*>(to), v[r]);
+      } else {
+        V<T> v[line / n][many], add[line / n];
 #pragma GCC unroll 8
-      for (int w = 0; w < line; ++w) columns_of(sums + (f + w * n) * tokens<T> + b, tokens<T>, v[w]), add[w] = load(bias + f + w * n);
+        for (int w = 0; w < line / n; ++w) columns_of(sums + (f + w * n) * tokens<T> + b, tokens<T>, v[w]), add[w] = load(bias + f + w * n);
 #pragma GCC unroll 4
-      for (int r = 0; r < few; ++r)
+        for (int r = 0; r < many; ++r)
 #pragma GCC unroll 8
-        for (int w = 0; w < line; ++w) store_past(out + (b + r) * ld + f + w * n, v[w][r] + add[w]);
+          for (int w = 0; w < line / n; ++w) store_past(out + (b + r) * ld + f + w * n, v[w][r] + add[w]);
+      }
     }
-    for (; f < features; f += n) {
-      V<T> v[few];
-      columns_of(sums + f * tokens<T> + b, tokens<T>, v);
-      for (int r = 0; r < few && b + r < count; ++r) store_some(out + (b + r) * ld + f, v[r] + load(bias + f), features - f);
-    }
+    for (; f < features; f += n)
+      for (int c = 0; c < many; c += group<T>) {
+        V<T> v[group<T>];
+        columns_of(sums + f * tokens<T> + b + c, tokens<T>, v);
+        for (int r = 0; r < group<T> && b + c + r < count; ++r) store_some(out + (b + c + r) * ld + f, v[r] + load(bias + f), features - f);
+      }
   }
   store_fence();
 }

@@ -57,11 +57,19 @@ static inline VT multiply_add(VT a, VT b, VT sum) {
 static inline V<float> load(const Bf16* p) {
   return floats(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
 }
-static inline Halves narrow(Bf16*, V<float> v) {
-  const Bits b = bits(v), even = b + 0x7fff + (b >> 16 & 1);  // round to nearest, ties to even
-  const Bits quiet = b | 0x400000;                             // NaN: rounding could carry it into the sign
-  return __builtin_convertvector((v != v ? quiet : even) >> 16, Halves);
+// The upper half rounded to nearest, ties to even. A NaN that comes of numbers of 16 bits has nothing in its lower half that could carry.
+static inline Bits rounded(V<float> v) {
+  const Bits b = bits(v);
+  return b + 0x7fff + (b >> 16 & 1);
 }
+static inline Halves lower_halves(Bits b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(b)));  // the compiler makes six instructions of it
+#else
+  return __builtin_convertvector(b, Halves);
+#endif
+}
+static inline Halves narrow(Bf16*, V<float> v) { return lower_halves(rounded(v) >> 16); }
 
 #if defined(__AVX512F__)
 static inline V<float> load(const Fp16* p) { return reinterpret_cast<V<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))); }
@@ -84,6 +92,13 @@ static inline Halves narrow(Fp16*, V<float> v) {
   return __builtin_convertvector(h | sign >> 16, Halves);
 }
 #endif
+
+// Two numbers of 16 bits in each lane, the first in the lower half.
+static inline V<float> paired(Bf16*, V<float> first, V<float> second) { return floats(rounded(first) >> 16 | (rounded(second) & 0xffff0000u)); }
+static inline V<float> paired(Fp16* p, V<float> first, V<float> second) {
+  return floats(__builtin_convertvector(narrow(p, first), Bits) | __builtin_convertvector(narrow(p, second), Bits) << 16);
+}
+
 template <typename Half>
 static inline void store(Half* p, V<float> v) {
   *reinterpret_cast<Halves*>(p) = narrow(p, v);
