@@ -59,8 +59,9 @@ def diagonal_linear(
         x, values = _cast(x, dtype), _cast(values, dtype)
         bias = None if bias is None else _cast(bias, dtype)
     tracing = torch.compiler.is_compiling()
-    # Tensors by what is checked of them, for which a call of one token has no time at each call.
-    (_check_call.__wrapped__ if tracing else _check_call)(
+    # Once for each kind of call: one token has no time for it. Sizes of fake tensors may be symbols, which no cache takes.
+    check = _check_call if type(x) is Tensor and not tracing else _check_call.__wrapped__
+    check(
         (x.dtype, x.device, x.shape),
         (values.dtype, values.device, values.shape),
         (offsets.dtype, offsets.device, offsets.shape),
@@ -167,15 +168,15 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-_Tensor = tuple[torch.dtype, torch.device, torch.Size]
+_Metadata = tuple[torch.dtype, torch.device, torch.Size]  # what is checked of a tensor
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1024)
 def _check_call(
-    x: _Tensor,
-    values: _Tensor,
-    offsets: _Tensor,
-    bias: _Tensor | None,
+    x: _Metadata,
+    values: _Metadata,
+    offsets: _Metadata,
+    bias: _Metadata | None,
     out_features: int,
     in_features: int,
     band: int,

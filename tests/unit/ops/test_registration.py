@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dst_ops
 from tests.unit.ops.oracle import case
@@ -170,6 +171,18 @@ def test_an_exported_program_runs_fused_in_another_process(tmp_path: Path) -> No
     done = python(RUN_EXPORTED, str(tmp_path / "program.pt2"), str(tmp_path / "data.pt"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "fused"
+
+
+def test_traced_with_sizes_that_are_symbols() -> None:
+    c = case(24, 60, 9, 1, torch.float32, (7,))
+
+    def op(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return _linear(c, x, values, bias)
+
+    arguments = (c["x"], c["values"], c["bias"])
+    program = make_fx(op, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments)
+    assert torch.equal(program(*arguments), op(*arguments))
+    assert torch.equal(program(c["x"][:3], *arguments[1:]), op(c["x"][:3], *arguments[1:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
