@@ -4,7 +4,7 @@
 // input, counted from the tile. So the loop over diagonals is written out, once per call: for each row of the input in
 // turn, load it, and for each output that it meets, broadcast the weight and multiply. Sums stay in registers, whose
 // numbers are part of the code: no compiled loop can do that with offsets known only now. All diagonals that read a row
-// share its load.
+// share its load; where there is one only, its multiply-adds read it from memory.
 //
 // Encodings: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, sections 2.3 (VEX) and 2.7 (EVEX).
 #pragma once
@@ -19,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -94,17 +95,20 @@ class Program {
     for (int r = 0; r < registers; ++r) move(load, r, rdx, r);
     put({0xff, 0xe1});
     int64_t low = 0, high = 0;  // units that meet the row
+    std::vector<std::pair<int, int64_t>> met;  // outputs that do, and their weights
     for (int64_t s = 0; s < sections; ++s) {
       entries_.push_back({at_ - code, weight_});
       for (int64_t r = 0; r < section_rows; ++r) {
         const int64_t row = s * section_rows + r;
         while (high < count && start[high] <= row) ++high;
         while (low < high && start[low] + reach <= row) ++low;
-        if (low == high) continue;
-        for (int v = 0; v < vectors; ++v) move(load, registers + v, rdi, r * vectors + v);
+        met.clear();
         for (int64_t e = low; e < high; ++e)
           for (int64_t d = 0; d < width; ++d)
-            if (const int64_t a = row - start[e] - d; a >= 0 && a < outputs) multiply_add(static_cast<int>(a), (e * width + d) * outputs + a);
+            if (const int64_t a = row - start[e] - d; a >= 0 && a < outputs) met.push_back({static_cast<int>(a), (e * width + d) * outputs + a});
+        const bool alone = met.size() == 1;  // then no load of its own
+        for (int v = 0; v < vectors && !alone && !met.empty(); ++v) move(load, registers + v, rdi, r * vectors + v);
+        for (const auto& [a, weight] : met) multiply_add(a, weight, alone ? std::optional(r) : std::nullopt);
       }
       advance(rdi, section_rows * vectors * vector_bytes);
       put({0x41, 0x81, 0xf8});  // cmp r8d, s + 1
@@ -136,7 +140,8 @@ class Program {
     int64_t code, weight;  // distance from the beginning; the weight that rsi points to
   };
 
-  void multiply_add(int a, int64_t weight) {
+  // row: of the section, where x is read from memory.
+  void multiply_add(int a, int64_t weight, std::optional<int64_t> row) {
     const int x = outputs_ * vectors_, w = x + vectors_;
     const bool f64 = sizeof(T) == 8, evex = vector_bytes_ == 64;
     const int64_t behind = 120 / (evex ? 1 : sizeof(T));  // keeps most displacements in one byte
@@ -148,8 +153,9 @@ class Program {
     memory(w, rsi, weight - weight_, sizeof(T));
     for (int v = 0; v < vectors_; ++v) {
       const int sum = a * vectors_ + v;
-      instruction(2, 1, f64, 0xb8, sum, w, x + v);  // vfmadd231ps, vfmadd231pd
-      put({0xc0 | (sum & 7) << 3 | ((x + v) & 7)});
+      instruction(2, 1, f64, 0xb8, sum, w, row ? 0 : x + v);  // vfmadd231ps, vfmadd231pd
+      if (row) memory(sum, rdi, *row * vectors_ + v, vector_bytes_);
+      else put({0xc0 | (sum & 7) << 3 | ((x + v) & 7)});
     }
   }
 
