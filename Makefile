@@ -71,7 +71,7 @@ SANITIZED = env DST_OPS_CACHE=$(CURDIR)/build/sanitize DST_OPS_REQUIRE_FUSED=1 O
   CXX="c++ -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" CXXFLAGS=-O1 \
   LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"
 sanitize: install
-	for isa in portable avx2 avx512; do \
+	for isa in portable avx2 avx512 avx512_48k; do \
 	  $(SANITIZED) DST_OPS_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 \
 	    $(BIN)/python -m pytest -q -s tests/unit/ops/test_op.py tests/unit/ops/test_scores.py || exit 1; \
 	done

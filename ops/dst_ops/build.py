@@ -9,7 +9,8 @@ Environment: CXX (C++ compiler, default c++; nvcc's host compiler, default nvcc'
 after ours), CUDA_HOME or CUDA_PATH (where bin/nvcc is; otherwise nvcc on PATH, then /usr/local/cuda), DST_OPS_CUDA_ARCHS
 (chips to compile for, such as "80" or "80+PTX;90a"; fewer build faster), MAX_JOBS (files compiled at once), DST_OPS_CACHE
 (folder of built libraries, default $TORCH_EXTENSIONS_DIR/dst_ops or ~/.cache/dst_ops), DST_OPS_REQUIRE_FUSED=1 (a failed
-build is an error), DST_OPS_ISA (portable, avx2 or avx512: at most this instruction set).
+build is an error), DST_OPS_ISA (portable, avx2, avx512 or avx512_48k, for processors with
+AVX-512 and more than 32 KiB of first-level cache: at most this instruction set).
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ ARCHITECTURES = "80+PTX;90a"
 COMMON_FLAGS = ("-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall")
 # One file per instruction set; the choice among them is made when the library runs.
-INSTRUCTION_SETS = ("", "portable", "avx2", "avx512")
-X86_FLAGS = {"kernels_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"), "kernels_avx512.cpp": ("-mavx512f", "-mfma")}
+INSTRUCTION_SETS = ("", "portable", "avx2", "avx512", "avx512_48k")
+X86_FLAGS = {
+    "kernels_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "kernels_avx512.cpp": ("-mavx512f", "-mfma"),
+    "kernels_avx512_48k.cpp": ("-mavx512f", "-mfma"),
+}
 
 
 @dataclass
@@ -102,7 +107,7 @@ def status(device: str = "cpu") -> tuple[Path | None, str | None]:
 
 
 def instruction_set() -> str:
-    """The instruction set that the loaded CPU library chose: portable, avx2 or avx512."""
+    """The instruction set that the loaded CPU library chose: portable, avx2, avx512 or avx512_48k."""
     function = ctypes.CDLL(str(_libraries["cpu"].loaded)).dst_ops_isa
     function.restype = ctypes.c_char_p
     name: bytes = function()
@@ -162,7 +167,7 @@ def _load(device: str) -> None:
     library = _libraries[device]
     isa = os.environ.get("DST_OPS_ISA", "")
     if device == "cpu" and isa not in INSTRUCTION_SETS:
-        raise ValueError(f"DST_OPS_ISA is {isa!r}, expected portable, avx2 or avx512")
+        raise ValueError(f"DST_OPS_ISA is {isa!r}, expected portable, avx2, avx512 or avx512_48k")
     try:
         path = build(device)
         torch.ops.load_library(str(path))

@@ -90,5 +90,11 @@ extern const Kernels<double> f64;
 extern const Kernels<Bf16> bf16;
 extern const Kernels<Fp16> fp16;
 }  // namespace avx512
+namespace avx512_48k {
+extern const Kernels<float> f32;
+extern const Kernels<double> f64;
+extern const Kernels<Bf16> bf16;
+extern const Kernels<Fp16> fp16;
+}  // namespace avx512_48k
 
 }  // namespace dst_ops

@@ -149,6 +149,12 @@ class Program {
       advance(rsi, (weight + behind - weight_) * int64_t(sizeof(T)));
       weight_ = weight + behind;
     }
+    if (evex && vectors_ == 1 && !row) {
+      instruction(2, 1, f64, 0xb8, a, x);
+      at_[-2] |= 0x10;  // broadcasts the operand in memory
+      memory(a, rsi, weight - weight_, sizeof(T));
+      return;
+    }
     instruction(2, 1, f64 && evex, f64 ? 0x19 : 0x18, w, 0);  // vbroadcastss, vbroadcastsd
     memory(w, rsi, weight - weight_, sizeof(T));
     for (int v = 0; v < vectors_; ++v) {

@@ -88,19 +88,19 @@ static void multiply(const T* x, const Diagonals& u, const T* weight, T* sums, l
   long k = 0;
   for (; k < count && start(k) < from; ++k) part(k);
   V<T> sum[outputs][token_vectors];
-#pragma GCC unroll 16
+#pragma GCC unroll 28
   for (int a = 0; a < outputs; ++a)
 #pragma GCC unroll 8
     for (int v = 0; v < token_vectors; ++v) sum[a][v] = load(sums + a * tokens<T> + v * lanes<T>);
   for (; k < count && start(k) + outputs <= to; ++k) {
     const T* row = x + start(k) * tokens<T>;
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (int a = 0; a < outputs; ++a)
 #pragma GCC unroll 8
       for (int v = 0; v < token_vectors; ++v)
         sum[a][v] = multiply_add(load(row + a * tokens<T> + v * lanes<T>), V<T>{} + weight[k * outputs + a], sum[a][v]);
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 28
   for (int a = 0; a < outputs; ++a)
 #pragma GCC unroll 8
     for (int v = 0; v < token_vectors; ++v) store(sums + a * tokens<T> + v * lanes<T>, sum[a][v]);

@@ -222,7 +222,7 @@ Tensor sums_of_diagonals(const Tensor& block, int64_t first_column, int64_t in_f
 // What backend_report() names.
 extern "C" __attribute__((visibility("default"))) const char* dst_ops_isa() {
   const dst_ops::Isa chosen = dst_ops::isa();
-  return chosen == dst_ops::Isa::avx512 ? "avx512" : chosen == dst_ops::Isa::avx2 ? "avx2" : "portable";
+  return chosen == dst_ops::Isa::avx512_48k ? "avx512_48k" : chosen == dst_ops::Isa::avx512 ? "avx512" : chosen == dst_ops::Isa::avx2 ? "avx2" : "portable";
 }
 
 // Whether products of many tokens run code generated for their offsets, which a system can forbid.

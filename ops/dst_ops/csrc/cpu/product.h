@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -29,8 +30,11 @@ namespace {
 // bits (16 tiles of 14 or 6 outputs). If units meet many rows, those of a chunk stay in the first-level cache; if few, it costs less to
 // take them from the second than to store and load sums between chunks. Chunks pay earlier where the first-level cache has room for
 // weights beside one.
-constexpr int64_t block_tiles = 16, chunk_bytes = 32 * 1024;
+constexpr int64_t chunk_bytes = 32 * 1024;
 int64_t least_chunked_bytes() { return (wide_first_level() ? 64 : 192) * 1024; }
+
+// Tokens whose tiles take turns at a block, while its weights are in the second-level cache.
+constexpr int64_t tokens_in_turns = 32;
 
 // Most weights packed at a time: 8 MiB in fp32.
 constexpr int64_t segment_weights = 1 << 21;
@@ -58,7 +62,7 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
   const int vectors = kernel.tokens * int(sizeof(T)) / kernel.vector_bytes;
   // What a tile of outputs and the next one read, rows and weights: so much has to stay for the rows that both read.
   const int64_t held = (std::min(P, count * (reach + outputs)) * tokens + 2 * count * unit) * int64_t(sizeof(T)), nonzero = scatter ? L : P;
-  const int64_t chunk = held * nonzero / P <= least_chunked_bytes() ? sections : std::max<int64_t>(1, sections * chunk_bytes / held);
+  const int64_t chunks = held * nonzero / P <= least_chunked_bytes() ? 1 : (held + chunk_bytes - 1) / chunk_bytes, chunk = (sections + chunks - 1) / chunks;
   const auto program = program_for<T>(start, width, P + outputs, kernel.outputs, vectors, kernel.vector_bytes);
 
   // Units that meet rows of sections begin ... end - 1.
@@ -70,7 +74,7 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
 
   // Row r of the tile of outputs from i on is row (i + r) mod P of the input: i + r before the wrap, i + r - P after it.
   // Sections that meet zeros only are left out.
-  const int64_t token_tiles = layout.tiles(tokens), tiles = (O + outputs - 1) / outputs;
+  const int64_t together = std::max<int64_t>(1, tokens_in_turns / tokens), token_tiles = layout.tiles(tokens), tiles = (O + outputs - 1) / outputs;
   std::vector<Part> parts(2 * tiles);
   for (int64_t p = 0; p < 2 * tiles; ++p) {
     const int64_t i = p / 2 * outputs, wrap = std::min(sections, (P - i) / section_rows), row = p % 2 ? i - P : i;
@@ -79,7 +83,7 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
     const auto [first, last] = meeting(begin, end);
     parts[p] = {i, row, begin, end, first, last, 0};
   }
-  const int64_t block_outputs = block_tiles * outputs;
+  const int64_t block_tiles = 32 / std::gcd(int64_t(32), outputs), block_outputs = block_tiles * outputs;
   std::vector<T> add(O + block_outputs, T(0));
   if (bias != nullptr) kernel.convert(bias, O, add.data());
 
@@ -105,20 +109,24 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
         kernel.pack(values, L, P, diagonals, scatter, &parts[2 * t], 2 * std::min(block_tiles, end - t), weights);
     });
     const bool first_segment = begin_tile == 0;
-    share_out(first_segment ? before : Work(), token_tiles * blocks, [&](const auto& take) {
+    share_out(first_segment ? before : Work(), (token_tiles + together - 1) / together * together * blocks, [&](const auto& take) {
       // Rows 0 ... P - 1, and as many on each side as sections reach beyond.
       const int64_t ahead = section_rows, after = reach + section_rows;
-      T *const x = scratch<T, rows_id>((ahead + P + after) * tokens) + ahead * tokens, *const sums = scratch<T, sums_id>((block_outputs + 16) * tokens);
-      std::fill_n(x + I * tokens, (P - I) * tokens, T(0));
-      int64_t held = -1;  // tile of tokens that x holds
+      const int64_t all_rows = ahead + P + after;
+      T *const first_x = scratch<T, rows_id>(together * all_rows * tokens) + ahead * tokens, *const sums = scratch<T, sums_id>((block_outputs + 16) * tokens);
+      for (int64_t i = 0; i < together; ++i) std::fill_n(first_x + (i * all_rows + I) * tokens, (P - I) * tokens, T(0));
+      std::vector<int64_t> held(together, -1);  // tiles of tokens that x holds
       for (int64_t item = 0, stop = 0;; ++item) {
-        if (item == stop) std::tie(item, stop) = take(blocks);  // not one by one: an atomic step waits for all stores before it
+        if (item == stop) std::tie(item, stop) = take(blocks * together);  // not one by one: an atomic step waits for all stores before it
         if (item == stop) break;
-        const int64_t token_tile = item / blocks, block = item % blocks, b = layout.begin(token_tile, tokens), many = layout.count(token_tile, tokens);
+        const int64_t turn = item % together, token_tile = item / (together * blocks) * together + turn, block = item / together % blocks;
+        if (token_tile >= token_tiles) continue;
+        T* const x = first_x + turn * all_rows * tokens;
+        const int64_t b = layout.begin(token_tile, tokens), many = layout.count(token_tile, tokens);
         const int64_t t0 = begin_tile + block * block_tiles, t1 = std::min(t0 + block_tiles, end_tile), i = t0 * outputs, i_end = std::min(O, t1 * outputs);
         const bool sums_too = token_sums != nullptr && first_segment && block == 0;
-        if (token_tile != held || sums_too) {
-          held = token_tile;
+        if (token_tile != held[turn] || sums_too) {
+          held[turn] = token_tile;
           read(in.at(b, 0), in.step(), many, I, x, sums_too ? token_sums + token_tile * row_of_sums(I) : nullptr);
           for (int64_t r = -ahead; r < 0; ++r) std::copy_n(x + (r % P + P) % P * tokens, tokens, x + r * tokens);
           for (int64_t r = P; r < P + after; ++r) std::copy_n(x + (r - P) * tokens, tokens, x + r * tokens);
@@ -126,7 +134,7 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
 
         // A part of the next tokens' inputs comes from memory meanwhile.
         const int64_t calls = (sections + chunk - 1) / chunk * (t1 - t0);
-        const int64_t next = std::min(token_tile + 1, token_tiles - 1), f0 = I * block / blocks, f1 = I * (block + 1) / blocks;
+        const int64_t next = std::min(token_tile + together, token_tiles - 1), f0 = I * block / blocks, f1 = I * (block + 1) / blocks;
         const int64_t next_many = next > token_tile ? layout.count(next, tokens) : 0;
         const int64_t next_b = layout.begin(next, tokens);
         int64_t call = 0;
