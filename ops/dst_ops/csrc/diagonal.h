@@ -72,29 +72,18 @@ struct Kernels {
   void (*accumulate_band)(const T* shorter, const T* longer, long rows, long width, T* grad);
 };
 
-namespace portable {
-extern const Kernels<float> f32;
-extern const Kernels<double> f64;
-extern const Kernels<Bf16> bf16;
-extern const Kernels<Fp16> fp16;
-}  // namespace portable
-namespace avx2 {
-extern const Kernels<float> f32;
-extern const Kernels<double> f64;
-extern const Kernels<Bf16> bf16;
-extern const Kernels<Fp16> fp16;
-}  // namespace avx2
-namespace avx512 {
-extern const Kernels<float> f32;
-extern const Kernels<double> f64;
-extern const Kernels<Bf16> bf16;
-extern const Kernels<Fp16> fp16;
-}  // namespace avx512
-namespace avx512_48k {
-extern const Kernels<float> f32;
-extern const Kernels<double> f64;
-extern const Kernels<Bf16> bf16;
-extern const Kernels<Fp16> fp16;
-}  // namespace avx512_48k
+// Each compiled for one instruction set; avx512_48k: where the first-level cache is larger than 32 KiB, see cpu/memory.h.
+#define DST_OPS_KERNELS(isa)         \
+  namespace isa {                    \
+  extern const Kernels<float> f32;   \
+  extern const Kernels<double> f64;  \
+  extern const Kernels<Bf16> bf16;   \
+  extern const Kernels<Fp16> fp16;   \
+  }
+DST_OPS_KERNELS(portable)
+DST_OPS_KERNELS(avx2)
+DST_OPS_KERNELS(avx512)
+DST_OPS_KERNELS(avx512_48k)
+#undef DST_OPS_KERNELS
 
 }  // namespace dst_ops

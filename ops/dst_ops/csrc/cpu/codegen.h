@@ -149,7 +149,7 @@ class Program {
       advance(rsi, (weight + behind - weight_) * int64_t(sizeof(T)));
       weight_ = weight + behind;
     }
-    if (evex && vectors_ == 1 && !row) {
+    if (evex && vectors_ == 1 && !row) {  // nothing else needs the weight
       instruction(2, 1, f64, 0xb8, a, x);
       at_[-2] |= 0x10;  // broadcasts the operand in memory
       memory(a, rsi, weight - weight_, sizeof(T));

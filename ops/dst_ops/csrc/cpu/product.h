@@ -26,10 +26,9 @@
 namespace dst_ops {
 namespace {
 
-// A block: tiles of outputs that share the input rows which a chunk of sections spans. It is whole lines of y, also of numbers of 16
-// bits (16 tiles of 14 or 6 outputs). If units meet many rows, those of a chunk stay in the first-level cache; if few, it costs less to
-// take them from the second than to store and load sums between chunks. Chunks pay earlier where the first-level cache has room for
-// weights beside one.
+// A block: as few tiles of outputs as are whole lines of y, also of numbers of 16 bits. They share the input rows which a chunk of
+// sections spans. If units meet many rows, those of a chunk stay in the first-level cache; if few, it costs less to take them from the
+// second than to store and load sums between chunks. Chunks pay earlier where the first-level cache has room for weights beside one.
 constexpr int64_t chunk_bytes = 32 * 1024;
 int64_t least_chunked_bytes() { return (wide_first_level() ? 64 : 192) * 1024; }
 
@@ -83,7 +82,7 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
     const auto [first, last] = meeting(begin, end);
     parts[p] = {i, row, begin, end, first, last, 0};
   }
-  const int64_t block_tiles = 32 / std::gcd(int64_t(32), outputs), block_outputs = block_tiles * outputs;
+  const int64_t line = 32, block_tiles = line / std::gcd(line, outputs), block_outputs = block_tiles * outputs;
   std::vector<T> add(O + block_outputs, T(0));
   if (bias != nullptr) kernel.convert(bias, O, add.data());
 
@@ -111,8 +110,7 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
     const bool first_segment = begin_tile == 0;
     share_out(first_segment ? before : Work(), (token_tiles + together - 1) / together * together * blocks, [&](const auto& take) {
       // Rows 0 ... P - 1, and as many on each side as sections reach beyond.
-      const int64_t ahead = section_rows, after = reach + section_rows;
-      const int64_t all_rows = ahead + P + after;
+      const int64_t ahead = section_rows, after = reach + section_rows, all_rows = ahead + P + after;
       T *const first_x = scratch<T, rows_id>(together * all_rows * tokens) + ahead * tokens, *const sums = scratch<T, sums_id>((block_outputs + 16) * tokens);
       for (int64_t i = 0; i < together; ++i) std::fill_n(first_x + (i * all_rows + I) * tokens, (P - I) * tokens, T(0));
       std::vector<int64_t> held(together, -1);  // tiles of tokens that x holds
