@@ -65,7 +65,8 @@ gpu:
 	PYTHONPATH=ops:. python3 -m pytest -W ignore::pytest.PytestConfigWarning $(OP_TESTS) --backend cuda
 	PYTHONPATH=ops:. python3 benchmarks/op_cuda.py
 
-# avx512 has the tiles of avx2 and the vectors of avx512_48k. Generated code is not instrumented; the portable kernels compute the same without any. -s: or a report would be lost.
+# Without avx512: tiles of two vectors of tokens are avx2's too, its vectors avx512_48k's. Generated code is not instrumented; the
+# portable kernels compute the same without any. -s: or a report would be lost.
 # Optimising instrumented code, and telling where variables are, takes minutes.
 SANITIZED = env DST_OPS_CACHE=$(CURDIR)/build/sanitize DST_OPS_REQUIRE_FUSED=1 OMP_NUM_THREADS=2 \
   CXX="c++ -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" CXXFLAGS=-O1 \
