@@ -96,7 +96,8 @@ class Layer:
 
     def dense(self) -> Contestant:
         weight = self.weight().requires_grad_()
-        backward = None if self.dtype == torch.float16 else weight  # takes seconds
+        bf16 = torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else None
+        backward = weight if self.dtype in (torch.float32, bf16) else None  # takes seconds
         return self.contestant("dense", lambda: F.linear(self.x, weight, self.bias), backward)
 
     def torch_sparse(self, name: str) -> Contestant:

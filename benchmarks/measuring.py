@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 import dst_ops
+from dst_ops.build import instruction_set
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -96,8 +97,11 @@ def load() -> str:
 
 
 def write_results(name: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes results/<stem>.csv. Rows of other numbers of threads that it holds already stay in it."""
-    path = RESULTS / f"{file_stem(name)}.csv"
+    """Writes results/<stem>.csv. Rows of other numbers of threads that it holds already stay in it.
+
+    The stem names the op's kernels, too: virtual machines hide which of its generations a processor is.
+    """
+    path = RESULTS / f"{file_stem(name, f'{cpu_name()} {instruction_set()}')}.csv"
     kept: list[Mapping[str, object]] = []
     if path.exists():
         with path.open(newline="") as file:

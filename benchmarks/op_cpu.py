@@ -14,8 +14,8 @@ diagonals; bands are whole, so that K / P is not always exactly the density aske
   filled; single diagonals touch nearly every block, and the table shows what that costs.
 - Rolls: `y += values[k] * roll(x, -offset)`. Gather/scatter: 64 diagonals at once, as in the public code of the
   DynaDiag paper. Both are so slow that three calls must do.
-- bf16 and fp16: dense fp16 without backward, for which torch 2.14 takes seconds a call on a CPU without fp16
-  arithmetic.
+- bf16 and fp16: dense fp16, and bf16 without AVX-512, without backward, for which torch 2.14 takes seconds a call on a CPU
+  that has no such arithmetic.
 - A few tokens: ten times the calls, as these are short.
 - Tokens side by side: x and dy are transposed, 512 tokens of each of 8 images in turn, as in the token mixing of Mixer-S/16.
 - Scores: `diagonal_scores` against `dy.t() @ x`, the dense product inside it.
@@ -24,7 +24,7 @@ Memory that is freed stays in the process, for all contestants alike: glibc woul
 pages for each output, and make zeroing them cost as much as a small sparse product. `--fresh-pages` measures without
 that.
 
-Writes results/op_cpu-<cpu>-torch<version>.csv; `--quick` measures two layers of each part with two calls, and only
+Writes results/op_cpu-<cpu>_<kernels>-torch<version>.csv; `--quick` measures two layers of each part with two calls, and only
 prints.
 """
 

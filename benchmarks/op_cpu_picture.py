@@ -2,7 +2,7 @@
 
     python benchmarks/op_cpu_picture.py [docs/op_cpu.png] [--threads 2] [--repeats 21] [--quick]
 
-Measured as by op_cpu.py. Writes the picture and results/op_cpu_sparsity-<cpu>-torch<version>.csv; `--quick` measures
+Measured as by op_cpu.py. Writes the picture and results/op_cpu_sparsity-<cpu>_<kernels>-torch<version>.csv; `--quick` measures
 three sparsities with two calls and writes the picture only.
 """
 

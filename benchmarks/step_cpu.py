@@ -17,8 +17,8 @@ medians and [quartiles] in milliseconds of the parts of a step and the share of 
 The same for what the op reaches alone: each pair of replaced layers in turn on inputs of the same shape, outside the
 step. Then the operations of the sparse step that take most time, by torch.profiler.
 
-Memory that is freed stays in the process, as in op_cpu.py. Writes results/step_cpu-<cpu>-torch<version>.csv; `--quick`
-takes two steps of models with two blocks and two images, and only prints.
+Memory that is freed stays in the process, as in op_cpu.py. Writes results/step_cpu-<cpu>_<kernels>-torch<version>.csv;
+`--quick` takes two steps of models with two blocks and two images, and only prints.
 """
 
 from __future__ import annotations

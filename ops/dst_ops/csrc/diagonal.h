@@ -55,7 +55,8 @@ struct Kernels {
   typedef typename SumOf<In>::type T;
   int vector_bytes;
   int tokens, outputs;  // a tile with tokens in the lanes
-  int tile, rows;       // a tile with features in the lanes
+  int few_tile;         // features of a tile with features in the lanes
+  int gradient_tile, gradient_rows;  // features and tokens of a tile for the gradients of single diagonals
   int band_tile;        // features of a tile for the gradients of bands
   void (*convert)(const In* in, long count, T* to);
   void (*add_absolute)(const In* in, long count, T* to);
@@ -69,7 +70,7 @@ struct Kernels {
   void (*few)(const T* x, long ld, long count, const In* values, long length, long period, const Diagonals& d, bool along_input, long output, long many,
               const T* bias, In* out, long ld_out);
   void (*accumulate)(const T* shorter, const T* longer, const Class* classes, long count, const int* start, T* grad);
-  void (*accumulate_band)(const T* shorter, const T* longer, long rows, long width, T* grad);
+  void (*accumulate_band)(const T* shorter, const T* longer, long rows, long width, T* grad);  // null where accumulate is faster
 };
 
 // Each compiled for one instruction set; avx512_48k: where the first-level cache is larger than 32 KiB, see cpu/memory.h.

@@ -21,7 +21,7 @@ constexpr int64_t few_tokens = 32;
 template <typename In, typename T = typename SumOf<In>::type>
 void few_product(const In* in, const In* values, const In* bias, In* out, const Units& units, int64_t B, int64_t I, int64_t O, bool scatter) {
   const Kernels<In>& kernel = kernels<In>();
-  const int64_t P = std::max(I, O), L = std::min(I, O), tile = kernel.tile;
+  const int64_t P = std::max(I, O), L = std::min(I, O), tile = kernel.few_tile;
   const int64_t K = static_cast<int64_t>(units.list.size()) * units.width;
   std::vector<int> start(K);
   std::vector<long> slot(K);

@@ -8,8 +8,8 @@
 // sorted by the offset's remainder: a tile is moved by that much, once for all diagonals of one remainder, and every window
 // begins at a multiple.
 //
-// Bands: the sums of neighbouring diagonals stay in registers while tokens pass by, and windows that overlap are shifted
-// out of the same two vectors.
+// Bands, where one instruction shifts numbers from one vector into another (AVX-512): the sums of neighbouring diagonals stay in
+// registers while tokens pass by, and windows that overlap are shifted out of the same two vectors.
 #pragma once
 
 #include <algorithm>
@@ -106,8 +106,8 @@ Gradient gradient(const Operand<In>& dy, const Operand<In>& x, T* grad, const Un
   const Operand<In>&shorter = dy.features >= x.features ? x : dy, &longer = dy.features >= x.features ? dy : x;
   const int64_t P = longer.features, L = shorter.features;
   const Kernels<In>& kernel = kernels<In>();
-  const bool band = units.width % 4 == 0;
-  const int64_t width = band ? std::gcd<int64_t>(units.width, 16) : 1, rows = band ? band_rows : kernel.rows, tile = band ? kernel.band_tile : kernel.tile;
+  const bool band = units.width % 4 == 0 && kernel.accumulate_band != nullptr;
+  const int64_t width = band ? std::gcd<int64_t>(units.width, 16) : 1, rows = band ? band_rows : kernel.gradient_rows, tile = band ? kernel.band_tile : kernel.gradient_tile;
   const int64_t align = band ? 1 : (kernel.vector_bytes == 64 && wide_first_level() ? 64 : 32) / sizeof(T), ld = gradient_stride / sizeof(T);
   const int64_t window = band ? ld / 2 : std::min<int64_t>(window_bytes() / (rows * sizeof(T)), ld * 3 / 4);
   // A window may begin `beyond` after the last offset of a chunk's part, and reach as far beyond that.
@@ -118,9 +118,9 @@ Gradient gradient(const Operand<In>& dy, const Operand<In>& x, T* grad, const Un
   // tokens, so that the result does not depend on who computes it.
   const int64_t tiles = (L + align - 1 + tile - 1) / tile, entries = static_cast<int64_t>(units.list.size()) * units.width * L;
   const int64_t items = static_cast<int64_t>(chunks.size()) * tiles;
-  // Tokens that are copied together: where they lie side by side, as many as a square of vectors transposes.
+  // Tokens that are copied together: where they lie side by side, whole squares of what vectors transpose.
   const Layout& runs = shorter.layout.feature_major ? shorter.layout : longer.layout;
-  const int64_t copied = runs.feature_major ? std::max<int64_t>(rows, kernel.vector_bytes / sizeof(T)) : rows, copies = runs.tiles(copied);
+  const int64_t copied = runs.feature_major ? std::lcm<int64_t>(rows, kernel.vector_bytes / sizeof(T)) : rows, copies = runs.tiles(copied);
   const int64_t most_parts = entries == 0 ? 1 : std::max<int64_t>(1, std::min(runs.tokens / part_tokens, runs.tokens * P / entries));
   const int64_t parts = std::min(most_parts, (enough_items - 1) / std::max<int64_t>(1, items) + 1);
   T* const sums_of_parts = parts > 1 ? scratch<T, parts_id>(parts * entries) : grad;
@@ -144,7 +144,7 @@ Gradient gradient(const Operand<In>& dy, const Operand<In>& x, T* grad, const Un
         // The shorter rows are zero outside [0, L): a period that the tile cannot leave.
         copy_periodic(shorter, b, now, 2 * (L + tile + align), l0 - align, align + many, shorts);
         copy_periodic(longer, b, now, P, l0 + chunk.low, span, longs);
-        for (int64_t r = now; r % kernel.rows != 0 && !band; ++r) {
+        for (int64_t r = now; r % rows != 0 && !band; ++r) {
           std::fill_n(shorts + r * ld, align + many, T(0));
           std::fill_n(longs + r * ld, span, T(0));
         }

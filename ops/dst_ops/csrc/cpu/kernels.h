@@ -166,38 +166,36 @@ template <typename T>
 static void accumulate(const T* shorter, const T* longer, const Class* classes, long count, const int* start, T* grad) {
   constexpr int n = lanes<T>, ld = gradient_stride / sizeof(T);
   for (long k = 0; k < count; ++k) {
-    V<T> s[rows][columns];
+    V<T> s[gradient_rows][gradient_columns];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < gradient_rows; ++r)
 #pragma GCC unroll 3
-      for (int c = 0; c < columns; ++c) s[r][c] = load(shorter - classes[k].remainder + r * ld + c * n);
-    for (const int* const end = start + classes[k].count; start < end; ++start, grad += tile_width<T>) {
+      for (int c = 0; c < gradient_columns; ++c) s[r][c] = load(shorter - classes[k].remainder + r * ld + c * n);
+    for (const int* const end = start + classes[k].count; start < end; ++start, grad += gradient_columns * n) {
       const T* u = longer + *start;
-      V<T> sum[columns];
+      V<T> sum[gradient_columns];
 #pragma GCC unroll 3
-      for (int c = 0; c < columns; ++c) sum[c] = load(grad + c * n);
+      for (int c = 0; c < gradient_columns; ++c) sum[c] = load(grad + c * n);
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r)
+      for (int r = 0; r < gradient_rows; ++r)
 #pragma GCC unroll 3
-        for (int c = 0; c < columns; ++c) sum[c] = multiply_add(s[r][c], load(u + r * ld + c * n), sum[c]);
+        for (int c = 0; c < gradient_columns; ++c) sum[c] = multiply_add(s[r][c], load(u + r * ld + c * n), sum[c]);
 #pragma GCC unroll 3
-      for (int c = 0; c < columns; ++c) store(grad + c * n, sum[c]);
+      for (int c = 0; c < gradient_columns; ++c) store(grad + c * n, sum[c]);
     }
   }
 }
 
-// u[D + d] = longer[D + d ... + lanes), d = 0 ... Count - 1: by loads and, where one instruction does it, two in three by
-// shifting neighbouring vectors, since a load of an address that is not aligned takes twice the time of a multiply-add, and shifts
-// go where multiply-adds go, too.
+#if DST_OPS_VECTOR == 64
+// u[D + d] = longer[D + d ... + lanes), d = 0 ... Count - 1: one in three by a load, two by shifting neighbouring vectors, since a
+// load of an address that is not aligned takes twice the time of a multiply-add, and shifts go where multiply-adds go, too.
 template <int D, int Count, typename T>
 static inline void windows(const T* longer, V<T> low, V<T> high, V<T>* u) {
-  u[D] = load(longer + D);
-#if defined(__AVX512F__)
   typedef long long Integers __attribute__((vector_size(64)));
   const auto integers = [](V<T> v) { return reinterpret_cast<__m512i>(reinterpret_cast<Integers>(v)); };
-  if constexpr (D % 3 != 0 && sizeof(T) == 4) u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi32(integers(high), integers(low), D));
-  if constexpr (D % 3 != 0 && sizeof(T) == 8) u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi64(integers(high), integers(low), D));
-#endif
+  if constexpr (D % 3 == 0) u[D] = load(longer + D);
+  else if constexpr (sizeof(T) == 4) u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi32(integers(high), integers(low), D));
+  else u[D] = reinterpret_cast<V<T>>(_mm512_alignr_epi64(integers(high), integers(low), D));
   if constexpr (D + 1 < Count) windows<D + 1, Count>(longer, low, high, u);
 }
 
@@ -222,20 +220,30 @@ static inline void accumulate_diagonals(const T* shorter, const T* longer, long 
 // The same for 4, 8 or 16 diagonals and the band_tile features of a tile.
 template <typename T>
 static void accumulate_band(const T* shorter, const T* longer, long rows, long width, T* grad) {
-  constexpr int n = lanes<T>, most = DST_OPS_VECTOR == 64 ? n : 8;  // as many sums as fit into the registers
+  constexpr int n = lanes<T>;  // as many sums as fit into the registers, with windows
   for (int l = 0; l < band_tile<T>; l += n) {
     const T *const s = shorter + l, *const u = longer + l;
     if (width == 4) accumulate_diagonals<4>(s, u, rows, grad + l);
     else
-      for (int d = 0; d < width; d += width < most ? 8 : most) {
-        if (width < most) accumulate_diagonals<8>(s, u + d, rows, grad + d * band_tile<T> + l);
-        else accumulate_diagonals<most>(s, u + d, rows, grad + d * band_tile<T> + l);
+      for (int d = 0; d < width; d += width < n ? 8 : n) {
+        if (width < n) accumulate_diagonals<8>(s, u + d, rows, grad + d * band_tile<T> + l);
+        else accumulate_diagonals<n>(s, u + d, rows, grad + d * band_tile<T> + l);
       }
   }
 }
+#endif
+
+// With 16 registers, and shifts that take several instructions each, bands are quicker taken for single diagonals.
+template <typename T>
+constexpr void (*for_bands)(const T* shorter, const T* longer, long rows, long width, T* grad) =
+#if DST_OPS_VECTOR == 64
+    accumulate_band<T>;
+#else
+    nullptr;
+#endif
 
 template <typename In, typename T = typename SumOf<In>::type>
-constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, rows, band_tile<T>, convert<In>, add_absolute<In>, transpose_in<In>, transpose_out<In>, copy_in<In>, copy_out<In>, transpose_rows<In>, pack<In>, multiply<T>, few<In>, accumulate<T>, accumulate_band<T>};
+constexpr Kernels<In> kernels = {DST_OPS_VECTOR, tokens<T>, outputs, tile_width<T>, gradient_columns * lanes<T>, gradient_rows, band_tile<T>, convert<In>, add_absolute<In>, transpose_in<In>, transpose_out<In>, copy_in<In>, copy_out<In>, transpose_rows<In>, pack<In>, multiply<T>, few<In>, accumulate<T>, for_bands<T>};
 
 const Kernels<float> f32 = kernels<float>;
 const Kernels<double> f64 = kernels<double>;

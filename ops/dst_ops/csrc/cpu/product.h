@@ -27,10 +27,16 @@ namespace dst_ops {
 namespace {
 
 // A block: as few tiles of outputs as are whole lines of y, also of numbers of 16 bits. They share the input rows which a chunk of
-// sections spans. If units meet many rows, those of a chunk stay in the first-level cache; if few, it costs less to take them from the
-// second than to store and load sums between chunks. Chunks pay earlier where the first-level cache has room for weights beside one.
-constexpr int64_t chunk_bytes = 32 * 1024;
-int64_t least_chunked_bytes() { return (wide_first_level() ? 64 : 192) * 1024; }
+// sections spans. If units meet many rows, those of a chunk stay in the first-level cache; if few, it may cost less to take them from
+// the second than to store and load sums between chunks: with tiles of 14 outputs, which do much with a row, where the first-level
+// cache has no room for weights beside a chunk.
+struct Chunking {
+  int64_t least, bytes;  // from how many bytes on, and of how many
+};
+Chunking chunking(int64_t vector_bytes) {
+  if (vector_bytes < 64) return {32 * 1024, 24 * 1024};
+  return {(wide_first_level() ? 64 : 192) * 1024, 32 * 1024};
+}
 
 // Tokens whose tiles take turns at a block, while its weights are in the second-level cache.
 constexpr int64_t tokens_in_turns = 32;
@@ -61,7 +67,8 @@ void product(const Operand<In>& in, const In* values, const In* bias, In* out, c
   const int vectors = kernel.tokens * int(sizeof(T)) / kernel.vector_bytes;
   // What a tile of outputs and the next one read, rows and weights: so much has to stay for the rows that both read.
   const int64_t held = (std::min(P, count * (reach + outputs)) * tokens + 2 * count * unit) * int64_t(sizeof(T)), nonzero = scatter ? L : P;
-  const int64_t chunks = held * nonzero / P <= least_chunked_bytes() ? 1 : (held + chunk_bytes - 1) / chunk_bytes, chunk = (sections + chunks - 1) / chunks;
+  const auto [least_chunked, chunk_bytes] = chunking(kernel.vector_bytes);
+  const int64_t chunks = held * nonzero / P <= least_chunked ? 1 : (held + chunk_bytes - 1) / chunk_bytes, chunk = (sections + chunks - 1) / chunks;
   const auto program = program_for<T>(start, width, P + outputs, kernel.outputs, vectors, kernel.vector_bytes);
 
   // Units that meet rows of sections begin ... end - 1.

@@ -15,6 +15,9 @@ constexpr int rows = DST_OPS_ROWS, columns = 3;
 template <typename T>
 constexpr int tile_width = columns* lanes<T>;
 
+// A tile for the gradients of single diagonals: so many numbers of the shorter rows, and a row of sums, fill the registers.
+constexpr int gradient_rows = DST_OPS_VECTOR == 64 ? 8 : 6, gradient_columns = DST_OPS_VECTOR == 64 ? 3 : 2;
+
 // A tile of features for the gradients of bands.
 template <typename T>
 constexpr int band_tile = 4 * lanes<T>;
@@ -70,7 +73,8 @@ static void transpose_in(const In* in, long ld, long count, long features, T* to
         for (int c = 0; c < n; ++c) store(to + (f + c) * tokens<T> + b, v[c]);
         continue;
       }
-      for (int r = 0; r < n; ++r) {
+#pragma GCC unroll 16
+      for (int r = 0; r < n; ++r) {  // written out, or sums would be in memory
         v[r] = b + r < count ? load_some(in + (b + r) * ld + f, features - f) : V<T>{};
         sum[r % 4] += v[r];
       }
