@@ -196,6 +196,8 @@ def main() -> None:
     print(start(args.threads, args.fresh_pages))
     limits = measure(args.threads)
     print(f"limits: {limits.registers:.1f} GFLOP/s on registers, {limits.loads:.1f} with a load for each multiply-add")
+    common = {"part": "limits", "dtype": "fp32", "threads": args.threads}
+    last_rows = [{**common, "contestant": name, "gflops": f"{gflops:.1f}"} for name, gflops in limits._asdict().items()]
     rows: list[dict[str, object]] = []
     for part in PARTS:
         print(header(part))
@@ -208,12 +210,9 @@ def main() -> None:
                 print(shape)
             show(results, part.passes)
             rows += [r.row(part.name) for r in results]
-    for contestant, gflops in limits._asdict().items():
-        common = {"part": "limits", "dtype": "fp32", "threads": args.threads, "contestant": contestant}
-        rows.append({**common, "gflops": f"{gflops:.1f}"})
+        if not args.quick:  # after each part: a run that is stopped has not been for nothing
+            write_results("op_cpu", [*rows, *last_rows])
     print(f"\nload {load()} at the end")
-    if not args.quick:
-        write_results("op_cpu", rows)
 
 
 if __name__ == "__main__":
