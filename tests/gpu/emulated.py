@@ -25,7 +25,7 @@ FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
     *("-DDST_OPS_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
 )
-COUNTERS = ("shared_loads", "shared_waves", "mma_k16", "mma_k8", "mma_group")
+COUNTERS = ("shared_loads", "shared_waves", "mma_k16", "mma_k8")
 OPS = ("linear", "linear_gelu", "linear_transposed", "dvalues", "sum_of_rows")
 
 available = platform.machine() == "x86_64"  # its fibers are switched by a few lines of assembly

@@ -33,8 +33,6 @@ void prepare(Fiber& f, unsigned i) {
   f.warp = &warps[i / 32];
   f.done = false;
   f.copies.assign(1, {});
-  f.multiplies = false;
-  f.multiplications.assign(1, {});
   void** sp = reinterpret_cast<void**>(f.stack + stack_bytes - 64);
   *--sp = nullptr;
   *--sp = reinterpret_cast<void*>(&entry);

@@ -65,8 +65,6 @@ extern "C" void dst_ops_emulator_switch(void** save, void* load);
 namespace emulator {
 
 struct Copy { void* to; const void* from; bool present; };
-struct Matrix { uintptr_t begin; int line; };  // rows of 16 columns, lines so far apart, exchanged as the engine's swizzle has it; 16: the same 8 x 8 everywhere
-struct Multiplication { float (*d)[4]; float a[2][16]; int columns; Matrix b; float (*number)(uint16_t); };  // of a warpgroup, for one thread's sums
 struct Landing { uintptr_t barrier; int bytes; std::function<void()> copy; };  // of the copy engine
 struct Barrier { uint8_t known, threads, missing, phase; int32_t bytes; };
 constexpr uint8_t initialised = 0xb5;
@@ -83,18 +81,14 @@ struct Fiber {
   int lane;
   Warp* warp;
   std::vector<std::vector<Copy>> copies;  // groups, the last of them open
-  bool multiplies;                        // between group_begin() and the next wait
-  std::vector<std::vector<Multiplication>> multiplications;
 };
-enum Counter { shared_loads, shared_waves, mma_k16, mma_k8, mma_group, counters };
+enum Counter { shared_loads, shared_waves, mma_k16, mma_k8, counters };
 struct State {
   dim3 block, block_size, grid_size;
   std::vector<unsigned char> memory;
   size_t memory_bytes;
   int arrived, threads;
   unsigned passed;
-  int group_arrived[4];  // of warpgroups' own barriers
-  unsigned group_passed[4];
   void* host;
   std::function<void()> body;
   std::string error;
@@ -327,76 +321,6 @@ inline void copy_bulk(SharedAddress to, const void* global, int bytes, SharedAdd
   emulator::check_shared(reinterpret_cast<void*>(to), 16, "copy_bulk: outside shared memory");
   emulator::check_shared(reinterpret_cast<void*>(to + bytes - 16), 16, "copy_bulk: outside shared memory");
   take_off(b, bytes, [=] { memcpy(reinterpret_cast<void*>(to), global, bytes); });
-}
-typedef emulator::Matrix Matrix;
-template <int Line>
-Matrix matrix_of_lines(SharedAddress p) { return {p, Line}; }
-inline Matrix matrix_of_same(SharedAddress p) { return {p, 16}; }
-inline void fence_for_groups() {}
-inline void group_begin() { emulator::current->multiplies = true; }
-// Made as late as the program allows, or at once.
-inline void make_multiplications(std::vector<emulator::Multiplication>& group) {
-  const int lane = emulator::current->lane;
-  for (const auto& m : group)
-    for (int t = 0; t < m.columns / 8; ++t)
-      for (int e = 0; e < 2; ++e) {
-        const int row = t * 8 + lane % 4 * 2 + e;
-        for (int k = 0; k < 16; ++k) {
-          uintptr_t at = m.b.line == 16 ? m.b.begin + row % 8 * 16 + k % 8 * 2 : m.b.begin + row * m.b.line + k * 2;
-          if (m.b.line > 16) at ^= (at / 128 % (m.b.line / 16)) * 16;
-          const auto* p = reinterpret_cast<const uint16_t*>(at);
-          emulator::check_shared(p, 2, "multiply_group: outside shared memory");
-          const float b = m.number(*p);
-          m.d[t][e] += m.a[0][k] * b, m.d[t][e + 2] += m.a[1][k] * b;
-        }
-      }
-  group.clear();
-}
-template <typename T, int N>
-void multiply_group(T, float (&d)[N][4], const uint4& a, const Matrix& b) {
-  if (!emulator::current->multiplies) emulator::fail("multiply_group: not between group_begin() and a wait");
-  emulator::Multiplication m{d, {}, N * 8, b, [](uint16_t bits) { return element(bits, 0, T()); }};
-  emulator::together(a, [&](auto at) {
-    for (int half = 0; half < 2; ++half)
-      for (int k = 0; k < 16; ++k) {
-        const uint4 q = at(emulator::current->lane / 4 * 4 + k % 8 / 2);
-        const uint32_t words[] = {q.x, q.y, q.z, q.w};
-        m.a[half][k] = element(words[half + k / 8 * 2], k % 2, T());
-      }
-    return 0;
-  });
-  emulator::current->multiplications.back().push_back(m);
-  if (threadIdx.x % 128 == 0) ++emulator::state.counts[emulator::mma_group];
-}
-inline void group_commit() {
-  auto& groups = emulator::current->multiplications;
-  if (emulator::state.order == 2) make_multiplications(groups.back());
-  groups.emplace_back();
-}
-template <int Left>
-void group_wait() {
-  auto& groups = emulator::current->multiplications;
-  while (groups.size() > Left + 1) {  // the open group does not count
-    make_multiplications(groups.front());
-    groups.erase(groups.begin());
-  }
-  if (Left == 0) emulator::current->multiplies = false;
-}
-inline void group_sync(int group) {
-  ++emulator::state.events;
-  emulator::barrier(emulator::state.group_arrived[group], emulator::state.group_passed[group], 128);
-}
-inline void store_matrices_transposed(SharedAddress p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  struct Mine { SharedAddress p; uint32_t words[4]; };
-  emulator::together(Mine{p, {a, b, c, d}}, [&](auto at) {
-    const int lane = emulator::current->lane;  // one row of 8 numbers of matrix lane / 8
-    emulator::check_shared(reinterpret_cast<void*>(p), 16, "store_matrices_transposed: not 16 aligned bytes of shared memory");
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t word = at(i * 4 + lane % 8 / 2).words[lane / 8];
-      reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(lane % 2 ? word >> 16 : word);
-    }
-    return 0;
-  });
 }
 inline unsigned thread_again() { return threadIdx.x; }
 inline unsigned again(unsigned v) { return v; }

@@ -1,7 +1,6 @@
 // Launches the kernels of band_product.h and band_gradient.h.
 #include "band_boxes.h"
 #include "band_boxes_gradient.h"
-#include "band_warpgroup.h"
 #include "band_gradient.h"
 #include "band_product.h"
 #include "parts.h"
@@ -84,43 +83,9 @@ void launch_boxes(const Tensor& x, const Packed& packed, Output& o, const BandSi
   check_launch();
 }
 
-template <typename T, int W, int Tokens, bool Resident, bool Scatter>
-void launch_groups(const Tensor& x, const Packed& packed, Output& o, const BandSizes& s, const Device& device) {
-  using Layout = GroupLayout<W, Tokens, Resident>;
-  const auto kernel = band_groups<T, W, Tokens, Resident, Scatter>;
-  const int boxes = Resident ? static_cast<int>(ceil_div(s.in, Layout::columns)) : 0;
-  allow_shared(kernel, Layout::bytes(boxes), device);
-  const int64_t row_tiles = ceil_div(s.out, 128), tiles = row_tiles * ceil_div(s.tokens, Tokens);
-  check_tokens(s);
-  launch_early(kernel, dim3(static_cast<unsigned>(std::min<int64_t>(tiles, device.processors))), dim3(Layout::threads), Layout::bytes(boxes), device,
-               tensor_map(x.const_data_ptr(), s.tokens, s.in, Layout::columns, Tokens), packed, bias_of<T>(o), write<T>(o.y), before_of<T>(o), s, o.gelu, static_cast<int>(row_tiles),
-               tiles, boxes);
-  check_launch();
-}
-
-template <typename T, int W, bool Scatter>
-bool groups(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const BandSizes& s, const Device& device) {
-  const char* wanted = getenv("DST_WG");
-  const int mode = wanted ? atoi(wanted) : 0;  // 1, 2: stream, 3: resident
-  if (mode == 0 || (W == 8 && s.longer % 16)) return false;
-  const int64_t row_tiles = ceil_div(s.out, 128), words = int64_t(s.sub_bands) * row_tiles * HalfSteps<W>::tile_bytes / 4;
-  Tensor memory = torch::stable::new_empty(x, {words + s.sub_bands}, ScalarType::Int);
-  const Packed packed{static_cast<uint32_t*>(memory.mutable_data_ptr()), static_cast<int*>(memory.mutable_data_ptr()) + words};
-  DST_OPS_LAUNCH((band_pack_steps<T, W, Scatter>), dim3(static_cast<unsigned>(row_tiles), std::min(s.sub_bands, 65535)), dim3(pack_threads), W * 130 * 2, device.stream, read<T>(values), read<int>(offsets),
-                 packed, s, static_cast<int>(row_tiles));
-  check_launch();
-  if (mode == 3 && s.in <= 768) return launch_groups<T, W, 128, true, Scatter>(x, packed, o, s, device), true;
-  if constexpr (W >= 32) {
-    if (mode == 1) return launch_groups<T, W, 128, false, Scatter>(x, packed, o, s, device), true;
-    return launch_groups<T, W, 256, false, Scatter>(x, packed, o, s, device), true;
-  }
-  return false;
-}
-
 template <typename T, int W, bool Scatter>
 void product(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& plain, const Device& device) {
   const BandSizes s = band_sizes<W>(plain);
-  if (groups<T, W, Scatter>(x, values, offsets, o, s, device)) return;
   const int64_t words = int64_t(s.sub_bands) * s.tiles * band_quads<W> * 32 * 4;
   Tensor memory = torch::stable::new_empty(x, {words + s.sub_bands}, ScalarType::Int);
   const Packed packed{static_cast<uint32_t*>(memory.mutable_data_ptr()), static_cast<int*>(memory.mutable_data_ptr()) + words};

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <stdint.h>
-#include <type_traits>
 
 #ifdef DST_OPS_EMULATED
 #include "cuda_emulator.h"
@@ -130,65 +129,6 @@ __device__ __forceinline__ void copy_box(SharedAddress to, const TensorMap& map,
 __device__ __forceinline__ void copy_bulk(SharedAddress to, const void* global, int bytes, SharedAddress b) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(global), "r"(bytes), "r"(b) : "memory");
 }
-
-// Instructions of a warpgroup, four warps that multiply matrices in shared memory, in the background: between group_begin() and the group_wait()
-// for them no thread touches the sums. A matrix is named by where it begins.
-typedef uint64_t Matrix;
-// Rows of 16 columns in lines of so many bytes, 8 to a pattern of the engine's swizzle; 16 columns on, the place is 32 bytes further.
-template <int Line>
-__device__ __forceinline__ Matrix matrix_of_lines(SharedAddress p) {
-  static_assert(Line == 64 || Line == 128);
-  return static_cast<Matrix>(Line == 128 ? 1 : 2) << 62 | static_cast<Matrix>(8 * Line / 16) << 32 | static_cast<Matrix>(1) << 16 | p / 16;
-}
-// 8 rows of 8 columns, 128 bytes, everywhere.
-__device__ __forceinline__ Matrix matrix_of_same(SharedAddress p) { return p / 16; }
-// What a thread wrote to shared memory, for the copy engine and for groups.
-__device__ __forceinline__ void fence_for_groups() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void group_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most `Left` of the groups are under way.
-template <int Left>
-__device__ __forceinline__ void group_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory"); }
-
-// Named, of four warps.
-__device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0,128;" ::"r"(group + 1) : "memory"); }
-// Four 8 x 8 matrices, a fragment D of each, as columns: lane i gives the address of column i % 8 of matrix i / 8 (16 bytes, aligned).
-__device__ __forceinline__ void store_matrices_transposed(SharedAddress p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-// D[64 x N] += A[64 x 16] B[N x 16]^T, sums in fp32, N 128 or 256: warp w of the four has rows 16 w, ... of A and D, fragments as of m16n8k16.
-#define DST_OPS_D4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define DST_OPS_D16(d, i) DST_OPS_D4(d, i), DST_OPS_D4(d, i + 1), DST_OPS_D4(d, i + 2), DST_OPS_D4(d, i + 3)
-#define DST_OPS_D64(d, i) DST_OPS_D16(d, i), DST_OPS_D16(d, i + 4), DST_OPS_D16(d, i + 8), DST_OPS_D16(d, i + 12)
-#define DST_OPS_GROUP(type, name)                                                                      \
-  __device__ __forceinline__ void multiply_group(type, float (&d)[16][4], const uint4& a, Matrix b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {"                    \
-                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63" \
-                 "},{%64,%65,%66,%67},%68,1,1,1,0;" \
-                 : DST_OPS_D64(d, 0) \
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)); \
-  } \
-  __device__ __forceinline__ void multiply_group(type, float (&d)[32][4], const uint4& a, Matrix b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." name "." name " {"                    \
-                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63," \
-                 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
-                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
-                 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
-                 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127" \
-                 "},{%128,%129,%130,%131},%132,1,1,1,0;" \
-                 : DST_OPS_D64(d, 0), DST_OPS_D64(d, 16) \
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)); \
-  }
-DST_OPS_GROUP(__nv_bfloat16, "bf16")
-DST_OPS_GROUP(__half, "f16")
-#undef DST_OPS_GROUP
 #endif
 
 }  // namespace dst_ops
