@@ -17,10 +17,13 @@ from pathlib import Path
 
 import pytest
 
+# The last one DeepSpeed imports for each engine, to look at the optimiser's type, and that imports most of torch's compiler.
+PRELOADED = ["dst_train.engine", "dst_train.monitor", "dst_train.plan", "deepspeed.runtime.zero.muon.muon_optimizer"]
+
 
 def context() -> ForkServerContext:
     result = multiprocessing.get_context("forkserver")
-    result.set_forkserver_preload(["dst_train.engine", "dst_train.plan"])
+    result.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:  # read when these are imported
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("DS_ACCELERATOR", "cpu")
