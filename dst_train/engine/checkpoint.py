@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from dst_train.engine import reshard
+
 MANIFEST = "manifest.json"
 CLIENT_KEY = "dst_train"
-FORMAT = 2  # of what is saved beside DeepSpeed's own; another number after every change of it
+FORMAT = 3  # of what is saved beside DeepSpeed's own; another number after every change of it
 
 
 class CheckpointError(RuntimeError):
@@ -39,7 +41,14 @@ class Found:
     step: int
     world_size: int
     job: dict[str, Any]
+    topology_digest: str
     format: int
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's."""
+        stage: int = self.job["deepspeed"]["zero_optimization"]["stage"]
+        return stage
 
 
 class Checkpoints:
@@ -56,7 +65,8 @@ class Checkpoints:
         self._rank = dist.get_rank()
 
     def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-        """Write the engine, every rank's random state and `state` as `step-NNNNNNNN`; `facts` go into the manifest.
+        """Write the engine, every rank's random state and `state` as `step-NNNNNNNN`; `facts` go into the manifest,
+        `job` and `topology_digest` among them.
 
         Returns what there is to say of it, on rank 0.
         """
@@ -68,7 +78,8 @@ class Checkpoints:
             shutil.rmtree(self._root / staging, ignore_errors=True)
             shutil.rmtree(self._root / tag, ignore_errors=True)
         dist.barrier()
-        client = {CLIENT_KEY: {"state": state, "random": _gather(_random_state())}}
+        layouts = _gather(reshard.layout(engine))
+        client = {CLIENT_KEY: {"state": state, "random": _gather(_random_state()), "layouts": layouts}}
         engine.save_checkpoint(str(self._root), tag=staging, client_state=client, save_latest=False)
         dist.barrier()
         notes = [f"checkpoint {tag}"]
@@ -82,8 +93,7 @@ class Checkpoints:
         """The newest checkpoint that verifies (None when there is none at all), and what was passed over.
 
         Raises:
-            CheckpointError: on every rank, when there are checkpoints and none of them verifies, or when it was written by
-                another number of ranks, or in another format.
+            CheckpointError: on every rank, when there are checkpoints and none of them verifies, or when it is of another format.
         """
         found, bad = _broadcast(search(self._root) if self._rank == 0 else None)
         if found is None and bad:
@@ -93,26 +103,37 @@ class Checkpoints:
                 f"checkpoint {self._root / found.tag} has format {found.format} and this version of dst-train reads format "
                 f"{FORMAT}; continue with the version that wrote it, or give the job another name, under which it starts anew"
             )
-        now = dist.get_world_size()
-        if found is not None and found.world_size != now:
-            raise CheckpointError(
-                f"checkpoint {self._root / found.tag} was written by {found.world_size} ranks and this run has {now}; "
-                f"start it on {found.world_size} ranks"
-            )
         return found, [f"checkpoint {line}; taking the one before" for line in bad]
 
     def load(self, engine: DeepSpeedEngine, found: Found) -> dict[str, Any]:
-        """Restore engine, buffers and this rank's random state; returns the `state` given to `save`.
+        """Restore the engine and its buffers; returns the `state` given to `save`.
+
+        On the number of ranks that wrote it, this rank's random state as well, so that training continues to the bit; on
+        another, streams of random numbers have no continuation, and are as they were.
 
         Raises:
-            CheckpointError: on every rank, when DeepSpeed finds nothing to load on some.
+            CheckpointError: on every rank, when DeepSpeed finds nothing to load on some, or the shards do not fit the model.
         """
-        path, client = engine.load_checkpoint(str(self._root), tag=found.tag)
-        failed = [str(rank) for rank, path in enumerate(_gather(path)) if path is None]
-        if failed:
-            raise CheckpointError(f"DeepSpeed could not load {self._root / found.tag} on rank {', '.join(failed)}")
-        _restore_random_state(client[CLIENT_KEY]["random"][self._rank])
+        world_size, stage = dist.get_world_size(), engine.zero_optimization_stage()
+        if stage and (found.world_size, found.stage) != (world_size, stage):
+            client = self._reshard(engine, found)
+        else:
+            path, client = engine.load_checkpoint(str(self._root), tag=found.tag)
+            failed = [str(rank) for rank, path in enumerate(_gather(path)) if path is None]
+            if failed:
+                raise CheckpointError(f"DeepSpeed could not load {self._root / found.tag} on rank {', '.join(failed)}")
+        if found.world_size == world_size:
+            _restore_random_state(client[CLIENT_KEY]["random"][self._rank])
         return client[CLIENT_KEY]["state"]
+
+    def _reshard(self, engine: DeepSpeedEngine, found: Found) -> dict[str, Any]:
+        folder = self._root / found.tag
+        saved = reshard.rank_0(folder)
+        try:
+            reshard.restore(engine, folder, saved, saved[CLIENT_KEY]["layouts"])
+        except ValueError as error:
+            raise CheckpointError(f"{folder} does not fit the model: {error}") from error
+        return saved
 
     def _commit(self, tag: str, staging: str, facts: dict[str, Any]) -> None:
         folder = self._root / staging
@@ -146,7 +167,8 @@ def search(root: Path) -> tuple[Found | None, list[str]]:
         if problem is None:
             facts = json.loads((root / tag / MANIFEST).read_text())
             # Before there was a number, it was 1.
-            return Found(tag, facts["step"], facts["world_size"], facts["job"], facts.get("format", 1)), bad
+            known = {key: facts[key] for key in ("step", "world_size", "job", "topology_digest")}
+            return Found(tag, **known, format=facts.get("format", 1)), bad
         bad.append(f"{tag}: {problem}")
     return None, bad
 

@@ -8,7 +8,7 @@ piece that each rank owns instead.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -16,6 +16,16 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from dst_train.topology.editor import SlotOf, editor_for, element_state, require_trainable, slot_sums, write_elements
+
+
+class Place(NamedTuple):
+    """Where a rank's flat tensors hold what it owns of a parameter: `numel` elements from `start` of the parameter on lie from
+    `offset` on in those of `group`, masters and optimiser state alike. For ZeRO 1 to 3."""
+
+    group: int
+    offset: int
+    start: int
+    numel: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class DeepSpeedEditor:
         ValueError: bf16 or fp16 at stage 0, whose wrapper keeps masters out of reach.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, world_size: int) -> None:
+    def __init__(self, engine: DeepSpeedEngine, world_size: int = 1) -> None:
         self._engine = engine
         self._stage = engine.zero_optimization_stage()
         self._world_size = world_size
@@ -74,37 +84,46 @@ class DeepSpeedEditor:
 
     def piece(self, parameter: nn.Parameter) -> Piece | None:
         """What this rank owns of the parameter, or None when it owns nothing of it."""
-        optimizer = self._engine.optimizer
         if self._stage == 0:
-            state = element_state(optimizer.state.get(parameter, {}), parameter.numel())
+            state = element_state(self._engine.optimizer.state.get(parameter, {}), parameter.numel())
             return Piece(0, parameter.data.view(-1), {k: v.view(-1) for k, v in state.items()})
-        if self._stage in (1, 2):
-            return self._fragment(parameter, optimizer)
-        return self._partition(parameter, optimizer)
+        place = self.place(parameter)
+        if place is None:
+            return None
+        flat = self.flat_masters[place.group]
+        # Not DeepSpeed's own links to the state: they are made after the first step of the first group, when later groups have none.
+        state = element_state(self.state.get(flat, {}), flat.numel())
+        here = (place.offset, place.numel)
+        return Piece(place.start, flat.narrow(0, *here), {k: v.narrow(0, *here) for k, v in state.items()})
 
-    @staticmethod
-    def _fragment(parameter: nn.Parameter, optimizer: Any) -> Piece | None:
+    @property
+    def flat_masters(self) -> list[Tensor]:
+        """What this rank owns, by group: flat, with padding. For ZeRO 1 to 3."""
+        optimizer = self._engine.optimizer
+        return optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        """The optimiser's, of each of `flat_masters`; without them before the first step. For ZeRO 1 to 3."""
+        return self._engine.optimizer.optimizer.state
+
+    def place(self, parameter: nn.Parameter) -> Place | None:
+        """Where this rank has what it owns of the parameter, or None when it owns nothing of it. For ZeRO 1 to 3."""
+        if self._stage == 3:
+            return self._partition(parameter)
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
-        # Not mapping.optim_fragment: it is linked after the first step of the first group, when later groups have no state yet.
-        flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-        place = (mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
-        state = element_state(optimizer.optimizer.state.get(flat, {}), flat.numel())
-        moments = {k: v.narrow(0, *place) for k, v in state.items()}
-        return Piece(mapping.lp_fragment_address.start, mapping.hp_fragment, moments)
+        held, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Place(mapping.param_group_index, held.start, whole.start, held.numel)
 
-    @staticmethod
-    def _partition(parameter: nn.Parameter, optimizer: Any) -> Piece | None:
+    def _partition(self, parameter: nn.Parameter) -> Place | None:
+        optimizer = self._engine.optimizer
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]  # padded: equal on all ranks
         start = size * optimizer._get_param_partition_rank(parameter)
         numel = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
-        if numel <= 0:
-            return None
-        flat = optimizer.fp32_partitioned_groups_flat[group]
-        state = element_state(optimizer.optimizer.state.get(flat, {}), flat.numel())
-        return Piece(start, flat.narrow(0, offset, numel), {k: v.narrow(0, offset, numel) for k, v in state.items()})
+        return Place(group, offset, start, numel) if numel > 0 else None
 
 
 @editor_for.register

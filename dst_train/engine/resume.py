@@ -14,13 +14,16 @@ MAY_CHANGE = (
     "data.cache_dir",
     "data.in_memory",
     "train.max_skipped_steps",
+    "train.micro_batch_size",
     "evaluate",
     "checkpoint",
     "monitor",
     "deepspeed.zero_optimization.overlap_comm",
     "deepspeed.zero_optimization.reduce_bucket_size",
     "deepspeed.zero_optimization.allgather_bucket_size",
+    "deepspeed.zero_optimization.stage3_param_persistence_threshold",
 )
+STAGE = "deepspeed.zero_optimization.stage"
 
 
 class JobChangedError(RuntimeError):
@@ -37,6 +40,7 @@ def check_job(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     refused: list[str] = []
     for key, old, new in differences(saved, current):
         free = any(key == prefix or key.startswith(prefix + ".") for prefix in MAY_CHANGE)
+        free = free or (key == STAGE and 0 not in (old, new))  # stage 0 keeps its masters elsewhere
         (allowed if free else refused).append(f"{key}: {old!r} -> {new!r}")
     if refused:
         raise JobChangedError(

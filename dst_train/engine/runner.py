@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from dst_train import job as jobs
 from dst_train.engine.checkpoint import CheckpointError, Checkpoints, Found
 from dst_train.engine.config import compile_config
 from dst_train.engine.resume import check_job, differences
-from dst_train.engine.session import Session, build_session, close_session, start_distributed
+from dst_train.engine.session import Session, build_session, close_session, seed_random_numbers, start_distributed
 from dst_train.engine.trainer import Trainer
 from dst_train.job import BatchPlan, Job
 from dst_train.monitor import Monitor, RunDirectory
@@ -113,7 +115,17 @@ def _trainer(
         if differences(found.job["data"]["eval"], job.model_dump(mode="json")["data"]["eval"]):
             trainer.forget_evaluation()
         session.topology.load_state_dict(state["topology"])
+        if session.topology.digest() != found.topology_digest:
+            raise CheckpointError(
+                f"{found.tag}: the topology that was loaded is not the one that its manifest has the digest of"
+            )
         monitor.message(f"resumed {found.tag} at step {trainer.step} of {plan.total_steps}")
+        if found.world_size != plan.world_size:
+            seed_random_numbers(job.seed, dist.get_rank(), trainer.step)
+            monitor.message(
+                f"ranks: {found.world_size} when {found.tag} was written, {plan.world_size} now; what follows differs by the order "
+                "of sums, and by random numbers such as dropout's"
+            )
     return trainer
 
 

@@ -67,13 +67,13 @@ def build_session(job: Job, plan: BatchPlan) -> Session:
     optimizer = build_optimizer(job, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=compile_config(job, plan))
     topology = topology_of(job, plan, engine.module).bind(engine)
-    _seed(job.seed, dist.get_rank())
+    seed_random_numbers(job.seed, dist.get_rank())
     return Session(engine, topology, report, torch.bfloat16 if job.train.precision == "bf16_params" else torch.float32)
 
 
-def _seed(seed: int, rank: int) -> None:
-    """Dropout and the like: a stream of its own for each rank."""
-    value = (seed * 1_000_003 + rank) % 2**32
+def seed_random_numbers(seed: int, rank: int, step: int = 0) -> None:
+    """Dropout and the like: a stream of its own for each rank, and for each step at which the number of ranks changes."""
+    value = (seed * 1_000_003 + step * 7_368_787 + rank) % 2**32
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)

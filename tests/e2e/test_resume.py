@@ -145,6 +145,36 @@ def test_a_language_model_resumes_bitwise(run_job: Any, tmp_path: Path) -> None:
     assert accuracy * 39 * 16 == pytest.approx(round(accuracy * 39 * 16), abs=1e-3)  # every token once, padding never
 
 
+def test_a_job_goes_on_with_other_ranks_micro_batches_and_zero_stages(
+    write_job: Any, run_job: Any, tmp_path: Path
+) -> None:
+    whole = write_job(name="whole", topology__method="dynadiag")
+    assert run_job(whole).returncode == 0
+    parts = write_job(name="parts", topology__method="dynadiag")
+    assert run_job(parts, "--stop-at", "8").returncode == 0
+    alone = run_job(parts, "--stop-at", "13", "--set", "train.micro_batch_size=16", ranks=1)
+    assert "resuming with train.micro_batch_size: 4 -> 16" in alone.stdout
+    assert "ranks: 2 when step-00000008 was written, 1 now; what follows" in alone.stdout
+    overrides = ("--set", "deepspeed.zero_optimization.stage=3", "--set", "train.micro_batch_size=2")
+    four = run_job(parts, *overrides, ranks=4)
+    assert "ranks: 1 when step-00000013 was written, 4 now; what follows" in four.stdout
+    runs = tmp_path / "runs"
+    series = {name: dict(_scalars(runs / name, "train/loss")) for name in ("whole", "parts")}
+    assert series["parts"].keys() == series["whole"].keys() == set(range(1, 21))
+    for step, loss in series["whole"].items():  # AdamW divides what sums in another order leave by sqrt(v), 12 times
+        assert series["parts"][step] == pytest.approx(loss, rel=1e-4)
+    units = []
+    for name in ("whole", "parts"):
+        lines = [json.loads(line) for line in (runs / name / "topology.jsonl").read_text().splitlines()]
+        units.append([(line["step"], line["layer"], line["active"]) for line in lines])
+    assert units[0] == units[1] != []
+    manifests = [
+        json.loads((runs / name / "checkpoints" / STEP_20 / "manifest.json").read_text()) for name in ("whole", "parts")
+    ]
+    assert manifests[0]["topology_digest"] == manifests[1]["topology_digest"]
+    assert count_right(load_model(runs / "parts"), whole) == count_right(load_model(runs / "whole"), whole)
+
+
 def test_a_finished_job_is_not_done_again(write_job: Any, run_job: Any, tmp_path: Path) -> None:
     job = write_job(train__steps=6, schedule={})
     first, again = run_job(job), run_job(job)
@@ -241,12 +271,20 @@ def test_what_a_checkpoint_means_cannot_be_changed(write_job: Any, run_job: Any,
     job_of_the_run = (tmp_path / "runs/small/job.yaml").read_text()
     never = run_job(write_job(checkpoint__resume="never"), "--stop-at", "3")
     assert "already holds step-00000002 and checkpoint.resume is never" in never.stderr
-    other_world = run_job(write_job(), "--stop-at", "3", ranks=1)
-    assert "was written by 2 ranks and this run has 1; start it on 2 ranks" in other_world.stderr
+    stage_0 = run_job(write_job(deepspeed__zero_optimization={"stage": 0}), "--stop-at", "3")
+    assert "deepspeed.zero_optimization.stage: 1 -> 0. Change it back" in stage_0.stderr
     assert (tmp_path / "runs/small/job.yaml").read_text() == job_of_the_run
     allowed = run_job(write_job(monitor__every_steps=2), "--stop-at", "3")
     assert allowed.returncode == 0
     assert "resuming with monitor.every_steps: 1 -> 2" in allowed.stdout
+    manifest = tmp_path / "runs/small/checkpoints/step-00000003/manifest.json"
+    manifest.write_text(re.sub('"topology_digest": "...', '"topology_digest": "000', manifest.read_text()))
+    another = run_job(write_job(), "--stop-at", "4")
+    assert another.returncode == 2
+    assert (
+        "step-00000003: the topology that was loaded is not the one that its manifest has the digest of"
+        in another.stderr
+    )
 
 
 def test_a_killed_run_continues_from_its_last_checkpoint(write_job: Any, run_job: Any, tmp_path: Path) -> None:

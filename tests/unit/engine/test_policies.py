@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,17 @@ def test_job_differences() -> None:
     assert check_job(old, _job(monitor={"every_steps": 7}).model_dump(mode="json")) == ["monitor.every_steps: 50 -> 7"]
     with pytest.raises(JobChangedError, match=r"seed: 0 -> 1; topology\.method: 'rigl' -> 'set'\. Change it back"):
         check_job(old, _job(seed=1, topology={"method": "set"}, monitor={"every_steps": 7}).model_dump(mode="json"))
+
+
+def test_the_zero_stage_may_change_but_not_from_or_to_0() -> None:
+    jobs = [_job(deepspeed={"zero_optimization": {"stage": s}}).model_dump(mode="json") for s in range(4)]
+    key = "deepspeed.zero_optimization.stage"
+    for old, new in itertools.permutations(range(4), 2):
+        if 0 not in (old, new):
+            assert check_job(jobs[old], jobs[new]) == [f"{key}: {old} -> {new}"]
+        else:
+            with pytest.raises(JobChangedError, match=f"{key}: {old} -> {new}"):
+                check_job(jobs[old], jobs[new])
 
 
 def _trainer(max_skipped_steps: int) -> tuple[Trainer, list[str]]:
