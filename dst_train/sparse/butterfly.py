@@ -40,6 +40,7 @@ class ButterflyLinear(nn.Module):
     """
 
     pattern = "butterfly"
+    replaced: type[nn.Module] = nn.Linear  # see SparseLayer
     mask: Tensor
 
     def __init__(

@@ -26,6 +26,7 @@ class SparseLayer(nn.Module, ABC):
         alpha: Parameter [num_units], the learned importance of each unit, or None.
         gate: how alpha acts, see `DiagonalLinear`.
         temperature: of the soft gate.
+        replaced: the class of the dense layer in whose place it is, which `densify` puts back.
         watch: called with the input and the output of each forward pass, while set. A forward hook would do, but torch.compile
             does not see hooks that come after a model's first call.
     """
@@ -42,6 +43,7 @@ class SparseLayer(nn.Module, ABC):
     alpha: nn.Parameter | None
     gate: str | None = None
     temperature: float = 1.0
+    replaced: type[nn.Module] = nn.Linear
     watch: Watch | None = None
 
     def forward(self, x: Tensor) -> Tensor:

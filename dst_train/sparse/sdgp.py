@@ -32,6 +32,7 @@ class SdgpLinear(nn.Linear):
     """
 
     pattern = "sdgp"
+    replaced: type[nn.Module] = nn.Linear  # see SparseLayer
 
     def __init__(
         self,

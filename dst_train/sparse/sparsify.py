@@ -129,6 +129,7 @@ def sparsify(
         built.append(_build(layer, rule, share, _layer_seed(seed, i), options))
     for report, module in built:
         parent, _, child = report.name.rpartition(".")
+        module.replaced = type(model.get_submodule(report.name))
         setattr(model.get_submodule(parent), child, module)
     return SparsityReport(tuple(r for r, _ in built), sum(p.numel() for p in model.parameters()), dense_parameters)
 

@@ -34,6 +34,7 @@ class SrSteLinear(nn.Linear):
     """
 
     pattern = "sr_ste"
+    replaced: type[nn.Module] = nn.Linear  # see SparseLayer
 
     def __init__(
         self,

@@ -1,10 +1,12 @@
 import pytest
 import timm
 import torch
+from safetensors.torch import save_model
 
 from dst_train.job import JobError
 from dst_train.job.schema import MLPModel, TimmModel
 from dst_train.models import MLP, build
+from dst_train.sparse import densify, sparsify
 
 SMALL_VIT = TimmModel(
     builder="timm",
@@ -31,6 +33,16 @@ def test_timm_gets_its_arguments():
     assert isinstance(model, timm.models.VisionTransformer)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert len(model.blocks) == 1
+
+
+def test_timm_reads_a_densified_model(tmp_path):
+    model = build(SMALL_VIT, seed=0)
+    sparsify(model, [{"match": "blocks.*", "sparsity": 0.8}])
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    save_model(densify(model), tmp_path / "model.safetensors")
+    read = timm.create_model(SMALL_VIT.name, checkpoint_path=tmp_path / "model.safetensors", **SMALL_VIT.args)
+    torch.testing.assert_close(read(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_class_of_timm_takes_sizes_that_its_names_fix():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from dst_train.job import JobError
 from dst_train.job.schema import TransformersModel
 from dst_train.models import build
-from dst_train.sparse import sparse_layers, sparsify
+from dst_train.sparse import densify, sparse_layers, sparsify
 
 SMALL = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 256, "bos_token_id": None, "eos_token_id": None,
@@ -72,6 +73,23 @@ def test_a_sparse_block_computes_what_its_dense_weight_would(tokens):
             dense.get_submodule(name).weight.copy_(layer.to_dense().t())
     # fp32 sums of at most 128 products in another order
     torch.testing.assert_close(sparse(tokens), dense(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_a_densified_model_is_saved_and_read_by_its_library(tokens, tmp_path):
+    """Square layers would be read without a word if they were saved as linear layers: transposed."""
+    model = build(spec(), seed=0)
+    sparsify(
+        model,
+        [
+            {"match": "transformer.h.*", "sparsity": 0.5},
+            {"match": "transformer.h.1.*", "sparsity": 0.5, "pattern": "sr_ste", "size": 4},
+        ],
+    )
+    expected = model(tokens)
+    densify(model).save_pretrained(tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(read(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+    assert read.transformer.wte.weight is read.lm_head.weight
 
 
 @pytest.mark.parametrize(
