@@ -8,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
-from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from dst_train.job.schema import Split
 
@@ -47,10 +45,15 @@ def transform(name: str) -> Transform:
     """
     if name == "digits":
         return Transform("pill", digits, random=False)
+    # torchvision and timm take seconds to import, which no worker of other data should wait
     if name == "digits_train":
+        from torchvision.transforms import Compose, InterpolationMode, RandomAffine
+
         affine = RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)
         return Transform("pill", Compose([affine, digits]), random=True)
     if name == "imagenet_train":
+        from timm.data import create_transform
+
         train = create_transform(
             224,
             is_training=True,
@@ -61,6 +64,8 @@ def transform(name: str) -> Transform:
         )
         return Transform("pilrgb", train, random=True)
     if name == "imagenet_eval":
+        from timm.data import create_transform
+
         return Transform("pilrgb", create_transform(224, interpolation="bicubic", crop_pct=0.9), random=False)
     raise ValueError(f"unknown transform {name!r}: use digits, digits_train, imagenet_train or imagenet_eval")
 

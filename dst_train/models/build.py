@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 
-import timm
 import torch
 from torch import nn
 
@@ -32,6 +31,8 @@ def build(spec: Model, *, seed: int) -> nn.Module:
 
 
 def _timm(spec: TimmModel) -> nn.Module:
+    import timm  # here, as it takes seconds that no other job should wait
+
     model_class = getattr(timm.models, spec.name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
         model_class = None

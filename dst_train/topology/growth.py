@@ -39,8 +39,10 @@ class GrowthSignal:
         self.stop()
         self._positions = positions
         self.active = True
+        # Here, as a decorator would have each plan and each import of this package wait seconds for torch's compiler.
+        watch = torch.compiler.disable(self._on_forward)
         for name, layer in self._layers.items():
-            layer.watch = partial(self._on_forward, name)
+            layer.watch = partial(watch, name)
 
     def stop(self) -> None:
         """Stop measuring and forget what was measured."""
@@ -75,7 +77,6 @@ class GrowthSignal:
         self.stop()
         return scores
 
-    @torch.compiler.disable
     def _on_forward(self, name: str, x: Tensor, y: Tensor) -> None:
         if y.requires_grad:
             y.register_hook(partial(self._on_gradient, name, x.detach()))

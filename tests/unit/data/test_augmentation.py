@@ -77,13 +77,15 @@ def test_workers_change_nothing_and_ignore_signals(colour_job):
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_an_error_in_a_worker_reads_as_without_workers(colour_job, folder):
-    text = (folder / "rgb-000001.tar").read_bytes()
-    (folder / "rgb-000001.tar").write_bytes(text.replace(b"\xff\xd8\xff\xe0", b"\x00\x00\x00\x00"))
+def test_an_error_in_a_worker_reads_as_without_workers(colour_job, tmp_path):
+    write_shards(tmp_path, "grey", np.zeros((8, 28, 28), np.uint8), [0] * 8, 4, "jpeg")
+    shard = tmp_path / "grey-000001.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"\xff\xd8\xff\xe0", b"\x00\x00\x00\x00"))
+    grey = {"shards": f"{tmp_path}/grey-{{000000..000001}}.tar", "samples": 8, "transform": "digits"}
     messages = []
     for num_workers in (0, 1):
-        job = colour_job(num_workers=num_workers)
-        with pytest.raises(DataError, match=r"rgb-000001\.tar, sample 0000000\d: \.jpg: not an image") as caught:
+        job = colour_job(train=grey, num_workers=num_workers)
+        with pytest.raises(DataError, match=r"grey-000001\.tar, sample 0000000\d: \.jpg: not an image") as caught:
             list(train_loader(job, BatchPlan.of(job, 1), rank=0))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]

@@ -358,34 +358,47 @@ def test_max_jobs_limits_how_many_files_are_compiled_at_once(toolkit: Path, monk
 
 
 RESULTS_PER_CASE, Y, DX = 4, 0, 1
+# In forks of one process, as each takes a library of its own but torch takes seconds to import.
 RESULTS = """
-import ctypes, sys, torch, dst_ops
-if sys.argv[2:] == ["forbid"] and ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN
-    sys.exit("no prctl")
+import ctypes, os, sys, torch, dst_ops
 from tests.unit.ops.oracle import CASES, case
-results = []
-for shape in [*CASES, (768, 300, 60, 1), (300, 768, 60, 1)]:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        c = case(*shape, dtype, (45,))
-        x, values, bias = (c[k].requires_grad_() for k in ("x", "values", "bias"))
-        y = dst_ops.diagonal_linear(x, values, c["offsets"], bias, **c["sizes"])
-        results += [y.detach(), *torch.autograd.grad(y, (x, values, bias), c["dy"])]
-torch.save(results, sys.argv[1])
-print(dst_ops.backend_report())
+
+def results():
+    for shape in [*CASES, (768, 300, 60, 1), (300, 768, 60, 1)]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            c = case(*shape, dtype, (45,))
+            x, values, bias = (c[k].requires_grad_() for k in ("x", "values", "bias"))
+            y = dst_ops.diagonal_linear(x, values, c["offsets"], bias, **c["sizes"])
+            yield from (y.detach(), *torch.autograd.grad(y, (x, values, bias), c["dy"]))
+
+for name in sys.argv[2:]:
+    if os.fork() == 0:
+        if name not in ("usual", "forbidden"):
+            os.environ["DST_OPS_ISA"] = name
+        if name == "forbidden" and ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN
+            print("no prctl", flush=True)
+            os._exit(0)
+        torch.save(list(results()), f"{sys.argv[1]}/{name}")
+        print(str(dst_ops.backend_report()).replace("\\n", " "), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
 
+def _results(folder: Path, *names: str) -> list[str]:
+    """Writes `folder`/NAME for each and returns a line that each has printed."""
+    done = python(RESULTS, str(folder), *names, PYTHONPATH=os.getcwd())
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    results = {}
-    for isa in ("portable", "avx2", "avx512", "avx512_48k"):  # at most: a processor without it takes the next lower
-        done = python(RESULTS, str(tmp_path / isa), DST_OPS_ISA=isa, PYTHONPATH=os.getcwd())
-        assert done.returncode == 0, done.stderr
-        if isa == "portable":
-            assert "portable kernels" in done.stdout
-        results[isa] = torch.load(tmp_path / isa)
+    names = ("portable", "avx2", "avx512", "avx512_48k")  # at most: a processor without it takes the next lower
+    assert "portable kernels" in _results(tmp_path, *names)[0]
     # Products have one order of sums; portable lacks fused multiply-add, so that the others may differ from it, but not
     # among themselves. Gradients are summed over tokens in blocks that fill the registers of each.
-    for index, (portable, avx2, *others) in enumerate(zip(*results.values(), strict=True)):
+    loaded = [torch.load(tmp_path / name) for name in names]
+    for index, (portable, avx2, *others) in enumerate(zip(*loaded, strict=True)):
         torch.testing.assert_close(portable, avx2)
         for other in others:
             if index % RESULTS_PER_CASE in (Y, DX):
@@ -394,14 +407,11 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
 
 
 def test_where_the_system_forbids_generated_code_results_are_the_same(tmp_path: Path) -> None:
-    usual = python(RESULTS, str(tmp_path / "usual"), PYTHONPATH=os.getcwd())
-    assert usual.returncode == 0, usual.stderr
-    if "no generated code" in usual.stdout:
+    usual, forbidden = _results(tmp_path, "usual", "forbidden")
+    if "no generated code" in usual:
         pytest.skip("this machine generates none in any case")
-    forbidden = python(RESULTS, str(tmp_path / "forbidden"), "forbid", PYTHONPATH=os.getcwd())
-    if forbidden.stderr.strip() == "no prctl":
+    if forbidden == "no prctl":
         pytest.skip("needs PR_SET_MDWE of Linux 6.3")
-    assert forbidden.returncode == 0, forbidden.stderr
-    assert "no generated code" in forbidden.stdout
+    assert "no generated code" in forbidden
     pairs = zip(torch.load(tmp_path / "usual"), torch.load(tmp_path / "forbidden"), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
