@@ -44,9 +44,9 @@ def _train(
         for a in range(accumulation):
             part = slice((a * world_size + rank) * MICRO_BATCH, (a * world_size + rank + 1) * MICRO_BATCH)
             (nn.functional.cross_entropy(model(x[part]), target[part]) / accumulation).backward()
-        for parameter in model.parameters():
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        dist.all_reduce(gradients)
+        nn.utils.vector_to_parameters(gradients / world_size, [p.grad for p in model.parameters()])
         optimizer.step()
         if tamper_rank == rank and len(history) == 3:
             model[2].offsets[0] = next(u for u in range(96) if u not in model[2].offsets.tolist())
