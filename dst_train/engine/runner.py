@@ -17,6 +17,7 @@ from dst_train.engine.config import compile_config
 from dst_train.engine.resume import check_job, differences
 from dst_train.engine.session import Session, build_session, close_session, seed_random_numbers, start_distributed
 from dst_train.engine.trainer import Trainer
+from dst_train.engine.watchdog import Watchdog
 from dst_train.job import BatchPlan, Job
 from dst_train.monitor import Monitor, RunDirectory
 
@@ -54,6 +55,7 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
         total_steps=plan.total_steps,
         start_step=0 if found is None else found.step,
     )
+    watchdog = Watchdog(rank, job.monitor.hang_minutes)
     try:
         for note in notes:
             monitor.message(note)
@@ -65,11 +67,12 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
             session = build_session(job, plan)
             if session.topology.layers and not session.topology.update_steps:
                 monitor.message(f"topology {session.topology}")
-            trainer = _trainer(job, plan, session, monitor, checkpoints, found, stop_requested)
+            trainer = _trainer(job, plan, session, monitor, watchdog, checkpoints, found, stop_requested)
             trainer.fit(plan.total_steps if stop_at is None else min(stop_at, plan.total_steps))
         close_session(session)  # not after an error: the ranks are no longer in step, and the process ends
         return Outcome(directory.path, trainer.step, trainer.finished, trainer.last_evaluation)
     finally:
+        watchdog.close()
         monitor.close()
 
 
@@ -92,6 +95,7 @@ def _trainer(
     plan: BatchPlan,
     session: Session,
     monitor: Monitor,
+    watchdog: Watchdog,
     checkpoints: Checkpoints,
     found: Found | None,
     stop_requested: Callable[[], bool],
@@ -108,7 +112,7 @@ def _trainer(
         for note in checkpoints.save(session.engine, step, state, facts):
             monitor.message(note)
 
-    trainer = Trainer(job, plan, session, monitor, save=save, stop_requested=stop_requested)
+    trainer = Trainer(job, plan, session, monitor, watchdog, save=save, stop_requested=stop_requested)
     if found is not None:
         state = checkpoints.load(session.engine, found)
         trainer.load_state_dict(state["trainer"])

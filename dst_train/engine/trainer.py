@@ -12,11 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dst_train import data
-from dst_train.data import Batch
+from dst_train.data import Batch, EvalBatch
 from dst_train.engine.evaluate import evaluate
 from dst_train.engine.optim import learning_rate, set_learning_rate
 from dst_train.engine.predict import predict
 from dst_train.engine.session import Session
+from dst_train.engine.watchdog import Watchdog
 from dst_train.job import BatchPlan, Job
 from dst_train.monitor import Monitor
 from dst_train.sparse import LowRank
@@ -30,6 +31,7 @@ class Trainer:
     """Runs the steps of a job on this rank.
 
     Args:
+        watchdog: told what begins; resting when `fit` returns.
         save: called with the step after which a checkpoint is due. Collective.
         stop_requested: whether this rank was asked to stop (a signal); the ranks agree at the step boundary.
     """
@@ -40,6 +42,7 @@ class Trainer:
         plan: BatchPlan,
         session: Session,
         monitor: Monitor,
+        watchdog: Watchdog,
         *,
         save: Callable[[int], None],
         stop_requested: Callable[[], bool],
@@ -49,6 +52,7 @@ class Trainer:
         self._session = session
         self._engine = session.engine
         self._monitor = monitor
+        self._watchdog = watchdog
         self._save = save
         self._stop_requested = stop_requested
         self._low_rank = [m for m in session.engine.module.modules() if isinstance(m, LowRank)]
@@ -94,6 +98,7 @@ class Trainer:
         batches = data.train_loader(job, self._plan, rank=dist.get_rank(), start_step=self.step)
         window_started, window_steps = time.perf_counter(), 0
         while self.step < stop_at and not stopped:
+            self._watchdog.begin(f"step {self.step + 1}")
             metrics, stopped = self._optimizer_step(batches)
             window_steps += 1
             if self.step % job.monitor.every_steps == 0 or self.step == stop_at or stopped:
@@ -103,8 +108,10 @@ class Trainer:
             paused = time.perf_counter()
             stopped = stopped or not self._evaluate_if_due()
             if self.step % every_steps == 0 or self.step == stop_at or stopped:
+                self._watchdog.begin(f"the checkpoint of step {self.step}")
                 self._save(self.step)
             window_started += time.perf_counter() - paused
+        self._watchdog.rest()
         return not stopped
 
     def _evaluation_is_due(self) -> bool:
@@ -115,13 +122,21 @@ class Trainer:
     def _evaluate_if_due(self) -> bool:
         """Loss and accuracy on data.eval; False when a stop was requested meanwhile. Collective."""
         if self._evaluation_is_due():
-            batches = data.eval_loader(self._job, self._plan, rank=dist.get_rank())
+            self._watchdog.rest()  # remote shards may be copied first
+            batches = self._watched(data.eval_loader(self._job, self._plan, rank=dist.get_rank()))
             found = evaluate(self._engine, batches, self._session.input_dtype, self._stop_requested)
+            self._watchdog.rest()
             if found is None:
                 return False
             self.last_evaluation, self._evaluated_at = found, self.step
             self._monitor.evaluation(self.step, scalars={f"eval/{k}": v for k, v in found.items()})
         return True
+
+    def _watched(self, batches: Iterator[EvalBatch]) -> Iterator[EvalBatch]:
+        self._watchdog.begin(f"the first batch of the evaluation after step {self.step}")
+        for number, batch in enumerate(batches, start=1):
+            yield batch
+            self._watchdog.begin(f"what follows batch {number} of the evaluation after step {self.step}")
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], bool]:
         """One optimiser step over all micro-batches; returns the metrics over all ranks and whether any rank must stop."""

@@ -265,6 +265,8 @@ class Monitor(Strict):
     tensorboard: bool = True
     every_steps: Positive = 50
     """Steps between log lines and scalars."""
+    hang_minutes: Annotated[float, Field(gt=0.0)] = 30.0
+    """A step, a batch of an evaluation or a checkpoint that takes longer ends the run, and each rank says where it was."""
 
 
 class Job(Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dst_ops
 from dst_train import densify
 from dst_train.data import write_shards
 from dst_train.engine import load_model
@@ -159,6 +161,33 @@ def test_what_is_wrong_with_one_node_is_said_there(write_job: Any, environment: 
     command = [sys.executable, str(ROOT / "launch/train.py"), "--job", str(write_job(train__batch_size=15))]
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr.count(message), result.stderr.count("\n")) == (2, 1, 1)
+
+
+HANGS = f"""
+import os, runpy, time
+from dst_train.engine import trainer
+
+predict = trainer.predict
+calls = []
+
+def waits_for_its_data(*args):
+    calls.append(args)
+    if os.environ["RANK"] == "0" and len(calls) > 4:  # two of each step
+        time.sleep(600)
+    return predict(*args)
+
+trainer.predict = waits_for_its_data
+runpy.run_path({str(ROOT / "launch/train.py")!r}, run_name="__main__")
+"""
+
+
+def test_a_rank_that_hangs_ends_and_says_where(write_job: Any, run_job: Any, tmp_path: Path) -> None:
+    assert dst_ops.load()  # not in the first step
+    (tmp_path / "hangs.py").write_text(HANGS)
+    result = run_job(write_job(monitor__hang_minutes=0.2), script=tmp_path / "hangs.py")
+    assert result.returncode == 1
+    assert re.search(r"^rank 0 on \S+: step 3 has not ended after 0\.2 minutes", result.stderr, re.MULTILINE)
+    assert "waits_for_its_data" in result.stderr
 
 
 def test_the_imagenet_job_trains_on_synthetic_shards(tmp_path: Path, run_job: Any) -> None:

@@ -83,7 +83,15 @@ def _trainer(max_skipped_steps: int) -> tuple[Trainer, list[str]]:
     )
     session: Any = SimpleNamespace(engine=SimpleNamespace(module=nn.Identity()))
     monitor: Any = SimpleNamespace(message=said.append)
-    trainer = Trainer(job, BatchPlan.of(job, 1), session, monitor, save=lambda step: None, stop_requested=lambda: False)
+    trainer = Trainer(
+        job,
+        BatchPlan.of(job, 1),
+        session,
+        monitor,
+        SimpleNamespace(),
+        save=lambda step: None,
+        stop_requested=lambda: False,
+    )
     return trainer, said
 
 
@@ -116,7 +124,9 @@ def test_the_low_rank_path_takes_part_from_its_share_of_the_steps_on() -> None:
     model = nn.Sequential(LowRank(4, 4, 1))
     session: Any = SimpleNamespace(engine=SimpleNamespace(module=model))
     none: Any = None
-    trainer = Trainer(job, BatchPlan.of(job, 1), session, none, save=lambda step: None, stop_requested=lambda: False)
+    trainer = Trainer(
+        job, BatchPlan.of(job, 1), session, none, none, save=lambda step: None, stop_requested=lambda: False
+    )
     seen = []
     for trainer.step in range(20):
         trainer._switch_low_rank()

@@ -85,7 +85,9 @@ def test_a_training_step_is_the_mean_over_all_tokens(engine: Engine) -> None:
     topology = SimpleNamespace(step=lambda applied: None)
     session: Any = SimpleNamespace(engine=engine, topology=topology, report=None, input_dtype=torch.bfloat16)
     monitor: Any = None
-    trainer = Trainer(job, BatchPlan.of(job, 1), session, monitor, save=lambda step: None, stop_requested=lambda: False)
+    trainer = Trainer(
+        job, BatchPlan.of(job, 1), session, monitor, monitor, save=lambda step: None, stop_requested=lambda: False
+    )
     batches = [Batch(TOKENS[:2], TARGETS[:2], 0), Batch(TOKENS[2:], TARGETS[2:], 0)]
     metrics, stopped = trainer._optimizer_step(iter(batches))
     losses, right = _by_hand(engine.module.weight.detach(), TOKENS, TARGETS)

@@ -90,6 +90,7 @@ KEYS = [
     "checkpoint.resume",
     "monitor.tensorboard",
     "monitor.every_steps",
+    "monitor.hang_minutes",
 ]
 
 

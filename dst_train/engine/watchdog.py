@@ -1,0 +1,48 @@
+"""Ends a rank that hangs, and says where: all others wait for it, and none of them could tell what for."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import threading
+import time
+
+
+class Watchdog:
+    """Ends the process, after the stacks of its threads, when what was begun takes longer than `minutes`.
+
+    Each rank has one. A rank that hangs stops the others in their next collective, so that all of them end, the stack of each
+    tells which of both it is, and the launcher is free to start anew. Time in which nothing was begun does not count.
+    """
+
+    def __init__(self, rank: int, minutes: float) -> None:
+        self._rank = rank
+        self._minutes = minutes
+        self._begun: tuple[str, float] | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def begin(self, what: str) -> None:
+        """From now on it is `what` that must end in time; what was begun before has ended."""
+        self._begun = (what, time.monotonic())
+
+    def rest(self) -> None:
+        """What was begun has ended."""
+        self._begun = None
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        limit = 60.0 * self._minutes
+        while not self._closed.wait(min(1.0, limit / 4)):
+            begun = self._begun
+            if begun is not None and time.monotonic() - begun[1] > limit:
+                text = (
+                    f"rank {self._rank} on {socket.gethostname()}: {begun[0]} has not ended after {self._minutes:g} minutes "
+                    "(monitor.hang_minutes); the stacks of its threads:\n"
+                )
+                os.write(2, text.encode())  # not sys.stderr, whose lock a thread that hangs may hold
+                faulthandler.dump_traceback(file=2)
+                os._exit(1)
