@@ -51,23 +51,21 @@ def transform(name: str) -> Transform:
 
         affine = RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)
         return Transform("pill", Compose([affine, digits]), random=True)
-    if name == "imagenet_train":
-        from timm.data import create_transform
+    if name not in ("imagenet_train", "imagenet_eval"):
+        raise ValueError(f"unknown transform {name!r}: use digits, digits_train, imagenet_train or imagenet_eval")
+    from timm.data import create_transform
 
-        train = create_transform(
-            224,
-            is_training=True,
-            interpolation="bicubic",
-            auto_augment="rand-m9-mstd0.5-inc1",
-            re_prob=0.25,
-            re_mode="pixel",
-        )
-        return Transform("pilrgb", train, random=True)
     if name == "imagenet_eval":
-        from timm.data import create_transform
-
         return Transform("pilrgb", create_transform(224, interpolation="bicubic", crop_pct=0.9), random=False)
-    raise ValueError(f"unknown transform {name!r}: use digits, digits_train, imagenet_train or imagenet_eval")
+    train = create_transform(
+        224,
+        is_training=True,
+        interpolation="bicubic",
+        auto_augment="rand-m9-mstd0.5-inc1",
+        re_prob=0.25,
+        re_mode="pixel",
+    )
+    return Transform("pilrgb", train, random=True)
 
 
 def digits(image: Image.Image) -> torch.Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import nn
 
 from dst_train import models
+from dst_train.engine import reshard
 from dst_train.engine.build import sparsify_by, topology_of
 from dst_train.engine.checkpoint import CheckpointError, search
 from dst_train.job import BatchPlan, Job
@@ -35,12 +35,10 @@ def load_model(run_directory: str | Path) -> nn.Module:
     plan = BatchPlan.of(job, found.world_size)
     model = models.build(_untrained(job.model), seed=job.seed)
     sparsify_by(job, plan, model)
-    if job.deepspeed.zero_optimization.stage == 3:
+    if found.stage == 3:
         state = get_fp32_state_dict_from_zero_checkpoint(str(root), found.tag)
     else:
-        state = torch.load(root / found.tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)[
-            "module"
-        ]
+        state = reshard.rank_0(root / found.tag)["module"]
     model.load_state_dict(state)
     settings = topology_of(job, plan, model).settings
     for layer in sparse_layers(model).values():  # a function of the step, and no part of the state

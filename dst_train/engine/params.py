@@ -46,7 +46,7 @@ class DeepSpeedEditor:
         ValueError: bf16 or fp16 at stage 0, whose wrapper keeps masters out of reach.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, world_size: int = 1) -> None:
+    def __init__(self, engine: DeepSpeedEngine, world_size: int) -> None:
         self._engine = engine
         self._stage = engine.zero_optimization_stage()
         self._world_size = world_size
@@ -106,6 +106,17 @@ class DeepSpeedEditor:
     def state(self) -> dict[Tensor, dict[str, Any]]:
         """The optimiser's, of each of `flat_masters`; without them before the first step. For ZeRO 1 to 3."""
         return self._engine.optimizer.optimizer.state
+
+    def refresh(self) -> None:
+        """What the forward pass reads follows the masters, as after a step. For ZeRO 1 to 3; collective."""
+        optimizer = self._engine.optimizer
+        if self._stage < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(self.flat_masters)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
 
     def place(self, parameter: nn.Parameter) -> Place | None:
         """Where this rank has what it owns of the parameter, or None when it owns nothing of it. For ZeRO 1 to 3."""

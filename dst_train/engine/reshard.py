@@ -33,13 +33,13 @@ def layout(engine: DeepSpeedEngine) -> Layout:
     """The `Place`s of this rank; none at stage 0, which DeepSpeed itself restores on any number of ranks."""
     if engine.zero_optimization_stage() == 0:
         return {}
-    editor = DeepSpeedEditor(engine)
+    editor = DeepSpeedEditor(engine, engine.world_size)
     places = {name: editor.place(parameter) for name, parameter in _trained(engine.module)}
     return {name: tuple(place) for name, place in places.items() if place is not None}
 
 
 def rank_0(folder: Path) -> dict[str, Any]:
-    """What rank 0 wrote beside its shard: buffers, DeepSpeed's counters and the client state."""
+    """What rank 0 wrote beside its shard: the module (of stage 3 its buffers only), DeepSpeed's counters and the client state."""
     stage_3 = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     path = stage_3 if stage_3.exists() else folder / "mp_rank_00_model_states.pt"
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
@@ -65,14 +65,14 @@ def restore(engine: DeepSpeedEngine, folder: Path, saved: dict[str, Any], layout
     other = buffers.keys() ^ (engine.module.state_dict().keys() - parameters)
     if other:
         raise ValueError(f"buffers that only one of both has: {', '.join(sorted(other))}")
-    editor = DeepSpeedEditor(engine)
+    editor = DeepSpeedEditor(engine, engine.world_size)
     _begin_state(editor, shards)
     for name, parameter in _trained(engine.module):
         piece = editor.piece(parameter)
         if piece is not None:
             for key, target in {MASTER: piece.master, **piece.state}.items():
                 _fill(target, piece.start, _held(shards, layouts, name, key))
-    _refresh(engine.optimizer, len(editor.flat_masters))
+    editor.refresh()
     engine.module.load_state_dict(buffers, strict=False)  # which layers notice
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, saved[counter])
@@ -131,14 +131,3 @@ def _fill(target: Tensor, start: int, pieces: Iterator[tuple[int, Tensor]]) -> N
         first, end = max(start, at), min(start + target.numel(), at + piece.numel())
         if first < end:
             target[first - start : end - start] = piece[first - at : end - at]
-
-
-def _refresh(optimizer: Any, groups: int) -> None:
-    """What the forward pass reads follows the masters, as after a step."""
-    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        optimizer.update_lp_params()
-        return
-    optimizer.checkpoint_event_prologue()
-    for group in range(groups):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    optimizer.checkpoint_event_epilogue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,35 +112,52 @@ def _pieces(engine: Any, editor: Any) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _run(configs: list[Config]) -> dict[Config, dict[str, Any]]:
+def _engine(
+    stage: int, precision: str, kind: str, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = _optimizer
+) -> tuple[Any, Topology]:
+    """A new model's, on the ranks of this process group."""
     import deepspeed
     import torch.distributed as dist
 
     import dst_train.engine.params  # noqa: F401
+
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
+    config = {
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+        "gradient_clipping": 1.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        **SECTIONS[precision],
+    }
+    model = _model(kind)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    return engine, _topology(engine.module, kind).bind(engine)
+
+
+def _step(engine: Any, precision: str, x: Tensor) -> None:
+    """x: of all ranks."""
+    import torch.distributed as dist
+
+    x = x.chunk(dist.get_world_size())[dist.get_rank()]
+    y = engine(x.to(torch.bfloat16) if precision == "bf16_params" else x)
+    engine.backward(y.float().square().mean())
+    engine.step()
+
+
+def _run(configs: list[Config]) -> dict[Config, dict[str, Any]]:
+    import torch.distributed as dist
+
     from dst_train.engine.session import start_distributed
 
-    rank, world_size = start_distributed()
+    start_distributed()
     results = {}
     for stage, precision, kind in configs:
-        zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
-        config = {
-            "train_batch_size": BATCH,
-            "train_micro_batch_size_per_gpu": BATCH // world_size,
-            "gradient_clipping": 1.0,
-            "zero_optimization": zero,
-            "steps_per_print": 2**31,
-            **SECTIONS[precision],
-        }
-        model = _model(kind)
-        optimizer = _optimizer(model)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        topology = _topology(engine.module, kind).bind(engine)
+        engine, topology = _engine(stage, precision, kind)
         before: dict[str, Any] = {}
         for x in _batches():
-            x = x.chunk(world_size)[rank]
-            y = engine(x.to(torch.bfloat16) if precision == "bf16_params" else x)
-            engine.backward(y.float().square().mean())
-            engine.step()
+            _step(engine, precision, x)
             before = _pieces(engine, topology._editor)
             update = topology.step()
         assert update is not None

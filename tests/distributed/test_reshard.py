@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dst_train.engine.checkpoint import CheckpointError
 from tests.distributed import test_params as params
@@ -27,39 +27,22 @@ Case = tuple[tuple[int, str, str], int]
 STEP, KIND = 3, "dynadiag"
 
 
+def _sgd(model: nn.Module) -> torch.optim.SGD:
+    groups = [{"params": group["params"]} for group in params._optimizer(model).param_groups]
+    return torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+
+
 class Run:
     """A model with its engine and topology on this rank, as test_params has them."""
 
     def __init__(self, stage: int, precision: str, optimizer: str) -> None:
-        import deepspeed
-        import torch.distributed as dist
-
-        import dst_train.engine.params  # noqa: F401
-
-        self.rank, self.world_size, self.precision = dist.get_rank(), dist.get_world_size(), precision
-        zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
-        config = {
-            "train_batch_size": params.BATCH,
-            "train_micro_batch_size_per_gpu": params.BATCH // self.world_size,
-            "gradient_clipping": 1.0,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 2**31,
-            **params.SECTIONS[precision],
-        }
-        model = params._model(KIND)
-        adamw = params._optimizer(model)
-        groups = [{"params": group["params"]} for group in adamw.param_groups]
-        chosen = adamw if optimizer == "adamw" else torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=chosen, config=config)
-        self.topology = params._topology(self.engine.module, KIND).bind(self.engine)
+        self.precision = precision
+        make = params._optimizer if optimizer == "adamw" else _sgd
+        self.engine, self.topology = params._engine(stage, precision, KIND, make)
 
     def train(self, batches: list[Tensor]) -> None:
         for x in batches:
-            x = x.chunk(self.world_size)[self.rank]
-            y = self.engine(x.to(torch.bfloat16) if self.precision == "bf16_params" else x)
-            self.engine.backward(y.float().square().mean())
-            self.engine.step()
+            params._step(self.engine, self.precision, x)
             self.topology.step()
 
     def held(self) -> dict[str, Any]:
