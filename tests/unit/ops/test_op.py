@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import dst_ops
+from tests.conftest import OLDER
 from tests.unit.ops.oracle import CASES, case, dense
 from tests.unit.ops.process import python
 
@@ -240,7 +241,7 @@ def test_more_than_one_block(shape: tuple[int, int, int, int], rows: int) -> Non
 
 # The tensor cores' kernels keep few features whole and stream windows of many; many tokens of a gradient are split.
 @pytest.mark.cuda_only
-@pytest.mark.every_chip
+@pytest.mark.parametrize("kernel", ["band", OLDER], indirect=True)
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
     ("shape", "rows"),
