@@ -6,16 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dst_train.export import load_exported
     from dst_train.sparse import densify, sparse_layers, sparsify
     from dst_train.topology import Topology
 
 __version__ = "0.1.0"
 
-__all__ = ["Topology", "__version__", "densify", "sparse_layers", "sparsify"]
+__all__ = ["Topology", "__version__", "densify", "load_exported", "sparse_layers", "sparsify"]
 
 _HOMES = {
     "Topology": "dst_train.topology",
     "densify": "dst_train.sparse",
+    "load_exported": "dst_train.export",
     "sparse_layers": "dst_train.sparse",
     "sparsify": "dst_train.sparse",
 }

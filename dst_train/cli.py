@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0; 1 when a run of a study failed; 2 when the job or study cannot be run as written; 130 after Ctrl-C."""
+    """Exit codes: 0; 1 when a run of a study failed; 2 when the job or study cannot be run as written, or
+    there is nothing to export; 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="dst-train", description="Declarative dynamic sparse training.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     plan = verbs.add_parser("plan", help="check a job and print what it would do; needs no GPU")
@@ -25,6 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, metavar="DIR", help="copy results.csv, table.md and plot.png there at the end"
     )
     study.add_argument("--table", action="store_true", help="run nothing, rewrite the outputs from what is there")
+    export = verbs.add_parser("export", help="write the trained model of a run to a file of its own")
+    export.add_argument("run", type=Path, help="the run's directory")
+    export.add_argument(
+        "target", type=Path, help="a safetensors file to write; for --dense of a transformers model a folder"
+    )
+    export.add_argument(
+        "--dense", action="store_true", help="dense weights, for the model's library; else sparse, for load_exported"
+    )
     verbs.add_parser("schema", help="print the JSON Schema of a job, for editors")
     args = parser.parse_args(argv)
     if args.verb == "plan" and args.ranks < 1:
@@ -33,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dst_train.job import JobError
 
     try:
-        return {"plan": _plan, "study": _study, "schema": _schema}[args.verb](args)
+        return {"plan": _plan, "study": _study, "export": _export, "schema": _schema}[args.verb](args)
     except JobError as error:
         print(error, file=sys.stderr)
         return 2
@@ -51,6 +60,18 @@ def _study(args: argparse.Namespace) -> int:
     from dst_train.study import run_study
 
     return run_study(args.study, out=args.out, only_table=args.table)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from dst_train.engine import CheckpointError
+    from dst_train.export import export
+
+    try:
+        print(export(args.run, args.target, dense=args.dense))
+    except (CheckpointError, FileExistsError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def _schema(args: argparse.Namespace) -> int:

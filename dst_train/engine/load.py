@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from pydantic import ValidationError
 from torch import nn
 
 from dst_train import models
@@ -12,9 +14,17 @@ from dst_train.engine import reshard
 from dst_train.engine.build import sparsify_by, topology_of
 from dst_train.engine.checkpoint import CheckpointError, search
 from dst_train.job import BatchPlan, Job
-from dst_train.job.schema import Model, TimmModel
 from dst_train.sparse import sparse_layers
 from dst_train.topology import policy
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What the newest checkpoint of a run that verifies holds."""
+
+    model: nn.Module
+    job: Job
+    step: int
 
 
 def load_model(run_directory: str | Path) -> nn.Module:
@@ -24,16 +34,23 @@ def load_model(run_directory: str | Path) -> nn.Module:
     that the forward pass used, of `bf16_params` rounded to bf16; at ZeRO stage 3 the masters.
 
     Raises:
-        CheckpointError: there is no checkpoint, or none verifies.
-        pydantic.ValidationError: its job is not one of this version.
+        CheckpointError: there is no checkpoint, none verifies, or its job is not one of this version.
     """
+    return load_run(run_directory).model
+
+
+def load_run(run_directory: str | Path) -> LoadedRun:
+    """`load_model`, with the job and the step."""
     root = Path(run_directory) / "checkpoints"
     found, bad = search(root)
     if found is None:
         raise CheckpointError(f"no checkpoint under {root} can be used{': ' if bad else ''}{'; '.join(bad)}")
-    job = Job.model_validate(found.job)
+    try:
+        job = Job.model_validate(found.job)
+    except ValidationError as error:
+        raise CheckpointError(f"{root / found.tag} has a job of another version of dst-train: {error}") from error
     plan = BatchPlan.of(job, found.world_size)
-    model = models.build(_untrained(job.model), seed=job.seed)
+    model = models.build(models.untrained(job.model), seed=job.seed)
     sparsify_by(job, plan, model)
     if found.stage == 3:
         state = get_fp32_state_dict_from_zero_checkpoint(str(root), found.tag)
@@ -43,12 +60,4 @@ def load_model(run_directory: str | Path) -> nn.Module:
     settings = topology_of(job, plan, model).settings
     for layer in sparse_layers(model).values():  # a function of the step, and no part of the state
         layer.temperature = policy.temperature(*settings.temperature, found.step + 1, settings.last_step)
-    return model.eval()
-
-
-def _untrained(spec: Model) -> Model:
-    """Without the arguments that fetch weights which are replaced anyway."""
-    if not isinstance(spec, TimmModel):
-        return spec
-    args = {key: value for key, value in spec.args.items() if key not in ("pretrained", "checkpoint_path")}
-    return spec.model_copy(update={"args": args})
+    return LoadedRun(model.eval(), job, found.step)

@@ -1,6 +1,6 @@
 """Builders of the models that a job may name."""
 
-from dst_train.models.build import build
+from dst_train.models.build import build, untrained
 from dst_train.models.mlp import MLP
 
-__all__ = ["MLP", "build"]
+__all__ = ["MLP", "build", "untrained"]

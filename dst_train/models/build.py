@@ -46,3 +46,11 @@ def _timm(spec: TimmModel) -> nn.Module:
         raise JobError(
             f"model.args: timm cannot build {spec.name} with {spec.args}: {type(error).__name__}: {error}"
         ) from error
+
+
+def untrained(spec: Model) -> Model:
+    """Without the arguments that fetch weights, for a model whose weights are replaced anyway."""
+    if not isinstance(spec, TimmModel):
+        return spec
+    args = {key: value for key, value in spec.args.items() if key not in ("pretrained", "checkpoint_path")}
+    return spec.model_copy(update={"args": args})

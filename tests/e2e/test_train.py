@@ -18,7 +18,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dst_ops
-from dst_train import densify
+from dst_train import densify, load_exported
+from dst_train.cli import main
 from dst_train.data import write_shards
 from dst_train.engine import load_model
 from tests.e2e.conftest import count_right
@@ -36,7 +37,9 @@ def _scalars(run: Path, tag: str) -> list[float]:
     return [e.value for e in _events(run).Scalars(tag)]
 
 
-def test_the_launcher_trains_a_job(write_job: Any, launch_job: Any, tmp_path: Path) -> None:
+def test_the_launcher_trains_a_job(
+    write_job: Any, launch_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = write_job(train__steps=40, evaluate__every_epochs=2, checkpoint__every_steps=15, checkpoint__keep=2)
     result = launch_job(job)
     assert result.returncode == 0, result.stderr
@@ -75,6 +78,15 @@ def test_the_launcher_trains_a_job(write_job: Any, launch_job: Any, tmp_path: Pa
     assert set(tags["images"]) == {"units/layers.0", "units/layers.1"}
     assert _scalars(run, "topology/sparsity_actual/layers.0")[0] == pytest.approx(1 - 78 / 784)
     assert count_right(load_model(run), job) == count_right(densify(load_model(run)), job) == round(accuracy[-1] * 21)
+
+    exported = tmp_path / "small.safetensors"
+    assert main(["export", str(run), str(exported)]) == 0
+    assert capsys.readouterr().out.startswith(f"{exported}: sparse weights of small at step 40, ")
+    assert count_right(load_exported(exported), job) == round(accuracy[-1] * 21)
+    assert main(["export", str(run), str(exported)]) == 2
+    assert capsys.readouterr().err == f"{exported} exists; choose another name, or remove it first\n"
+    assert main(["export", str(tmp_path), str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"no checkpoint under {tmp_path / 'checkpoints'} can be used\n"
 
 
 def _updates(run: Path) -> list[dict[str, Any]]:

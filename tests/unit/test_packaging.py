@@ -180,7 +180,7 @@ def test_the_names_of_the_package_are_those_of_its_parts():
 
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(
-        AttributeError, match="'sparsfy'; it has Topology, __version__, densify, sparse_layers, sparsify"
+        AttributeError, match="'sparsfy'; it has Topology, __version__, densify, load_exported, sparse_layers, sparsify"
     ):
         dst_train.sparsfy  # noqa: B018
 

@@ -197,3 +197,10 @@ def test_a_run_without_a_checkpoint_has_no_model(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="can be used: step-00000001: unreadable manifest"):
         load_model(tmp_path)
+
+
+def test_a_job_of_another_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = checkpoint.Found("step-00000007", 7, 1, {"nmae": "old"}, "0", checkpoint.FORMAT)
+    monkeypatch.setattr("dst_train.engine.load.search", lambda root: (found, []))
+    with pytest.raises(CheckpointError, match=r"(?s)step-00000007 has a job of another version of dst-train: .*nmae"):
+        load_model(tmp_path)
