@@ -49,10 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from dst_train.job import load
+    from dst_train.job import JobError, load, locate
     from dst_train.plan import prepare
 
-    print(prepare(load(args.job, args.overrides), args.ranks, check_data=not args.no_data))
+    try:
+        print(prepare(load(args.job, args.overrides), args.ranks, check_data=not args.no_data))
+    except JobError as error:
+        raise locate(error, args.job, args.overrides) from error
     return 0
 
 

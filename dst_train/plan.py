@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dst_ops
 from dst_train import data, models
 from dst_train.engine import compile_config, sparsify_by, topology_of
-from dst_train.job import BatchPlan, Job, JobError, dump
+from dst_train.job import BatchPlan, Job, JobError, Key, dump
 from dst_train.sparse import DiagonalLinear, SparsityReport, sparse_layers
 
 
@@ -66,9 +66,7 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     """
     batch = BatchPlan.of(job, world_size)
     if check_data:
-        for split in (job.data.train, job.data.eval):
-            if split is not None:
-                data.check(split, job.data.cache_dir)
+        _check_data(job)
     model = models.build(job.model, seed=job.seed)
     if world_size > 1:
         _refuse_batch_norm(model)
@@ -79,14 +77,30 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     try:
         report = sparsify_by(job, batch, model)
     except ValueError as error:
-        raise JobError(f"sparsity: {error}") from error
+        raise JobError(f"sparsity: {error}", _of_rule(job, str(error))) from error
     try:
         topology = topology_of(job, batch, model)
     except ValueError as error:
-        raise JobError(f"topology: {error}") from error
+        raise JobError(f"topology: {error}", ("topology",)) from error
     memory, checkpoint = _memory(job, report.parameters, world_size, topology.held_bytes)
     flops = (_flops(model, sample), dense_flops)
     return Plan(job, batch, report, str(topology), flops, memory, checkpoint, compile_config(job, batch))
+
+
+def _check_data(job: Job) -> None:
+    for name, split in (("train", job.data.train), ("eval", job.data.eval)):
+        if split is not None:
+            try:
+                data.check(split, job.data.cache_dir)
+            except data.DataError as error:
+                raise JobError(f"data.{name}: {error}", ("data", name)) from error
+
+
+def _of_rule(job: Job, message: str) -> Key:
+    """The rule that the message quotes, as all do that are about one."""
+    rules = job.sparsity.rules if job.sparsity is not None else []
+    quoted = [i for i, rule in enumerate(rules) if repr(rule.match) in message]
+    return ("sparsity", "rules", quoted[-1]) if quoted else ("sparsity",)
 
 
 def _refuse_batch_norm(model: nn.Module) -> None:
@@ -94,7 +108,8 @@ def _refuse_batch_norm(model: nn.Module) -> None:
         if isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, nn.SyncBatchNorm):
             raise JobError(
                 f"model: {name} is a {type(module).__name__}, whose running statistics differ from rank to rank, so that "
-                "evaluation and resume would depend on it; choose a model with LayerNorm or GroupNorm, or one rank"
+                "evaluation and resume would depend on it; choose a model with LayerNorm or GroupNorm, or one rank",
+                ("model",),
             )
 
 
@@ -122,7 +137,8 @@ def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train") ->
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # models check their inputs in many ways
         sort = f"{sample.dtype} up to {sample.max():g}"
         raise JobError(
-            f"model: it does not take a sample of {split}, of shape {tuple(sample.shape[1:])} ({sort}): {error}"
+            f"model: it does not take a sample of {split}, of shape {tuple(sample.shape[1:])} ({sort}): {error}",
+            ("model",),
         ) from error
     finally:
         model.train(training)

@@ -49,7 +49,7 @@ def main() -> int:
             return 2
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     quiet_libraries(rank)
-    from dst_train.job import JobError, load
+    from dst_train.job import JobError, load, locate
     from dst_train.plan import prepare
 
     try:
@@ -57,6 +57,7 @@ def main() -> int:
         prepare(job, world_size)
     except JobError as error:
         # Nodes may differ in files and environment, ranks of a node do not.
+        error = locate(error, args.job, args.overrides)
         return refuse(error, rank, speaks=int(os.environ.get("LOCAL_RANK", 0)) == 0)
 
     from dst_train.engine import CheckpointError, JobChangedError, leave_distributed, run

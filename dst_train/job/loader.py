@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from dst_train.job.errors import JobError
+from dst_train.job.errors import JobError, Key
 from dst_train.job.schema import Job
-from dst_train.job.source import Dumper, Key, Source, dotted, read
+from dst_train.job.source import Dumper, Source, dotted, read
 from dst_train.job.validate import validate
 
 PATHS: tuple[Key, ...] = (("data", "train", "shards"), ("data", "eval", "shards"), ("data", "cache_dir"), ("run_root",))
@@ -32,6 +32,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         raise JobError(f"{source.place(())}: this is a study: run it with dst-train study {path}")
     problems = expand_variables(source, PATHS)
     return validate(Job, source, problems, also=("extends",))
+
+
+def locate(error: JobError, path: str | Path, overrides: Sequence[str] = ()) -> JobError:
+    """The error with the line, or the override, of the key that it is about: of a job that `load` took and something else refuses."""
+    if error.key is None:
+        return error
+    return JobError(f"{read(Path(path), overrides).place(error.key)} {error}")
 
 
 def dump(job: Job) -> str:

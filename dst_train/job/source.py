@@ -10,9 +10,7 @@ from typing import Any
 
 import yaml
 
-from dst_train.job.errors import JobError
-
-Key = tuple[str | int, ...]
+from dst_train.job.errors import JobError, Key
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,7 +9,7 @@ from torch import nn
 
 from dst_train.job import JobError
 from dst_train.job.schema import MLPModel, Model, TimmModel, TransformersModel
-from dst_train.models.causal_lm import causal_lm
+from dst_train.models.causal_lm import ARGS, causal_lm
 from dst_train.models.mlp import MLP
 
 # timm does not check arguments: a wrong one surfaces as any of these, somewhere inside the model
@@ -39,12 +39,13 @@ def _timm(spec: TimmModel) -> nn.Module:
     if model_class is None and not timm.is_model(spec.name):
         close = difflib.get_close_matches(spec.name, timm.list_models(), n=5)
         hint = f"close names: {', '.join(close)}" if close else "see timm.list_models()"
-        raise JobError(f"model.name: timm {timm.__version__} has no model {spec.name!r}; {hint}")
+        raise JobError(f"model.name: timm {timm.__version__} has no model {spec.name!r}; {hint}", ("model", "name"))
     try:
         return model_class(**spec.args) if model_class else timm.create_model(spec.name, **spec.args)
     except BAD_ARGUMENT as error:
         raise JobError(
-            f"model.args: timm cannot build {spec.name} with {spec.args}: {type(error).__name__}: {error}"
+            f"model.args: timm cannot build {spec.name} with {spec.args}: {type(error).__name__}: {error}",
+            ARGS,
         ) from error
 
 

@@ -133,7 +133,37 @@ def test_what_cannot_run_is_refused_with_exit_code_2(
     assert main(["plan", str(job_file), "--ranks", "2", *changes]) == 2
     output = capsys.readouterr()
     assert message in output.err
+    assert output.err.startswith((*(f"--set {text}: " for text in changes[1::2]), f"{job_file}:"))
     assert not output.out
+
+
+def test_what_cannot_run_is_named_by_its_line(
+    job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of the file which says it, or of the nearest key above."""
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        f"extends: {job_file}\n"
+        "name: child\n"
+        "sparsity:\n"
+        "  rules:\n"
+        "    - {match: 'layers.*', sparsity: 0.75}\n"
+        "    - {match: 'layers.1', sparsity: 0.5, band: 5}\n"
+        "    - {match: 'layers.1', sparsity: 0.75}\n"
+        "    - {match: 'layers.2', sparsity: 0.75}\n"
+    )
+    said = {}
+    for name, overrides in (
+        ("rules", []),
+        ("batch", ["--set", "sparsity=null", "--ranks", "3"]),
+        ("warm-up", ["--set", "sparsity=null", "--set", "schedule={name: cosine, warmup_epochs: 99}"]),
+    ):
+        assert main(["plan", str(child), *overrides]) == 2
+        said[name] = capsys.readouterr().err
+    assert said["rules"].startswith(f"{child}:8 sparsity: rule 'layers.2' matches no linear layer")
+    line = job_file.read_text().splitlines().index("  batch_size: 8") + 1
+    assert said["batch"].startswith(f"{job_file}:{line} train.batch_size 8 does not divide by 3 ranks")
+    assert said["warm-up"].startswith("--set schedule={name: cosine, warmup_epochs: 99}: schedule.warmup_epochs 99")
 
 
 def test_no_data_and_bad_ranks(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
