@@ -13,9 +13,11 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from dst_train.engine import reshard
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 CLIENT_KEY = "dst_train"
 FORMAT = 3  # of what is saved beside DeepSpeed's own; another number after every change of it
@@ -138,9 +141,7 @@ class Checkpoints:
     def _commit(self, tag: str, staging: str, facts: dict[str, Any]) -> None:
         folder = self._root / staging
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-        listed = {name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for name, p in files.items()}
-        for path in files.values():
-            _sync(path)
+        listed = dict(zip(files, _in_threads(_seal, files.values()), strict=True))
         _write(folder / MANIFEST, json.dumps({**facts, "files": listed}, indent=1))
         os.replace(folder, self._root / tag)
         _sync(self._root)
@@ -197,7 +198,10 @@ def _problem(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
+    for (name, entry), digest in zip(
+        files.items(), _in_threads(_sha256, [folder / name for name in files]), strict=True
+    ):
+        if digest != entry["sha256"]:
             return f"{name} does not have the sha256 of the manifest"
     return None
 
@@ -228,6 +232,17 @@ def _broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _in_threads(function: Callable[[Path], T], paths: Iterable[Path]) -> list[T]:
+    """All ranks wait for it, and one thread reads and hashes one or two GB a second: hashing leaves Python's lock to others."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, paths))
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:
