@@ -13,6 +13,7 @@ from dst_ops import cuda, routes
 MARKERS = (
     "cpu_only: about the CPU's kernels alone, or a matter of the host that is tested once",
     "cuda_only: about the CUDA kernels alone, on a GPU or emulated",
+    "every_chip: emulated, also with the kernels of chips before the H100",
     "not_emulated: starts processes, in which there is no emulator",
 )
 
@@ -49,7 +50,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any("kernel" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "kernel" in metafunc.fixturenames and not own:
-        kernels = ("natural",) if metafunc.config.getoption("--backend") == "cpu" else routes.KERNELS
+        backend = metafunc.config.getoption("--backend")
+        kernels: tuple[str, ...] = ("natural",) if backend == "cpu" else routes.KERNELS
+        if backend == "emulated" and metafunc.definition.get_closest_marker("every_chip"):
+            kernels = (*kernels, OLDER)
         metafunc.parametrize("kernel", kernels, indirect=True)
 
 
