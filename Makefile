@@ -36,7 +36,7 @@ help:
 	@echo "make format  let ruff format the code"
 	@echo "make clean   remove .venv, caches and runs"
 
-# No bytecode for 40,000 files, which takes a minute: Python makes that of a module when it is imported first.
+# No bytecode for all 17,000 modules, which takes a minute: Python makes that of each when it is imported first.
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

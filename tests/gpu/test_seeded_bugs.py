@@ -351,7 +351,7 @@ def _changed_source(seeded: Seeded, folder: Path) -> Path:
 
 
 def _precompiled_headers(folder: Path) -> Path:
-    """torch's and C++'s, which no bug is in and which take longer than a kernel; for -O0 only, as they are bound to options."""
+    """torch's and C++'s, which no bug is in and which take a third of the time; for -O0 only, as they are bound to options."""
     header = folder / "headers.h"
     included = [
         line for line in (emulated.SOURCES / "launch.h").read_text().splitlines() if line.startswith("#include <")

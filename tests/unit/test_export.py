@@ -79,6 +79,7 @@ def test_a_sparse_model_comes_back_to_the_bit(gate: str | None, tmp_path: Path) 
     read = load_exported(file)
     assert not read.training
     with torch.no_grad():
+        assert torch.equal(model(x), expected)  # settled
         assert torch.equal(read(x), expected)
     assert {name: layer.num_active for name, layer in sparse_layers(read).items()} == units
     stored = safetensors.torch.load_file(file)
