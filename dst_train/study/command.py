@@ -100,7 +100,7 @@ def _prepare(pending: Sequence[Run]) -> None:
         try:
             prepare(run.job, run.ranks)
         except JobError as error:
-            raise JobError(f"{'-'.join(run.points[0])}: {error}") from error
+            raise JobError(f"{'-'.join(run.points[0])}: {run.locate(error)}") from error
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dst_train.job import Job, JobError, digest, load
+from dst_train.job import Job, JobError, digest, load, locate
 from dst_train.job.source import Source
 from dst_train.study.schema import Study, read_study
 
@@ -21,11 +21,16 @@ OWN_KEYS = ("name", "run_root", "seed")
 
 @dataclass(frozen=True)
 class Run:
-    """points: where in the grid the run is shown; the first one and the seed make its name."""
+    """points: where in the grid the run is shown; the first one and the seed make its name.
+
+    base, overrides: the file of the job, and what the study overrides in it: place in the study's file and text.
+    """
 
     job: Job
     ranks: int
     points: tuple[Point, ...]
+    base: Path
+    overrides: tuple[tuple[str, str], ...]
 
     @property
     def name(self) -> str:
@@ -34,6 +39,10 @@ class Run:
     @property
     def directory(self) -> Path:
         return Path(self.job.run_root) / self.job.name
+
+    def locate(self, error: JobError) -> JobError:
+        """The error with the line, of the job's file or the study's, of the key that it is about."""
+        return _in_study(locate(error, self.base, [text for _, text in self.overrides]), self.overrides)
 
 
 @dataclass(frozen=True)
@@ -68,20 +77,22 @@ def build(path: Path) -> Grid:
     if not base.is_file():
         raise JobError(f"{source.place(('job',))} job: {base} does not exist")
     load(base)  # its own mistakes are told once, without any override
-    resolved = [(point, *_resolve(study, source, base, point)) for point in itertools.product(*study.axes.values())]
+    resolved = [_resolve(study, source, base, point) for point in itertools.product(*study.axes.values())]
     runs: dict[tuple[str, int], Run] = {}
     for seed in study.seeds:
-        for point, job, ranks in resolved:
-            name = f"{'-'.join(point)}-seed{seed}"
-            job = job.model_copy(update={"name": name, "run_root": f"{study.run_root}/{study.name}", "seed": seed})
-            run = runs.setdefault((fingerprint(job), ranks), Run(job, ranks, ()))
-            runs[fingerprint(job), ranks] = replace(run, points=(*run.points, point))
+        for at_point in resolved:
+            (point,) = at_point.points
+            own = {"name": f"{'-'.join(point)}-seed{seed}", "run_root": f"{study.run_root}/{study.name}", "seed": seed}
+            job = at_point.job.model_copy(update=own)
+            key = fingerprint(job), at_point.ranks
+            run = runs.setdefault(key, replace(at_point, job=job, points=()))
+            runs[key] = replace(run, points=(*run.points, point))
     return Grid(study, tuple(runs.values()))
 
 
-def _resolve(study: Study, source: Source, base: Path, point: Point) -> tuple[Job, int]:
-    """The job of a point and its number of ranks; errors name the line of the override in the file of the study."""
-    ranks, overrides, places = 1, [], {}
+def _resolve(study: Study, source: Source, base: Path, point: Point) -> Run:
+    """The run of a point, without a seed; errors name the line of the override in the file of the study."""
+    ranks, overrides = 1, []
     for place, text in _overrides(study, source, point):
         key, _, value = text.partition("=")
         if key == "ranks":
@@ -91,18 +102,22 @@ def _resolve(study: Study, source: Source, base: Path, point: Point) -> tuple[Jo
         elif key in OWN_KEYS:
             raise JobError(f"{place} {text}: the study itself sets {', '.join(OWN_KEYS)} of each run")
         else:
-            overrides.append(text)
-            places[f"--set {text}:"] = f"{place} {text}:"
+            overrides.append((place, text))
     try:
-        job = load(base, overrides)
+        job = load(base, [text for _, text in overrides])
     except JobError as error:
-        message = str(error)
-        for given, place in places.items():
-            message = message.replace(given, place)
-        raise JobError(message) from error
+        raise _in_study(error, overrides) from error
     if job.data.eval is None:
         raise JobError(f"{source.place(('metric',))} metric: the job has no data.eval at {'-'.join(point)}")
-    return _unwatched(job), ranks
+    return Run(_unwatched(job), ranks, (point,), base, tuple(overrides))
+
+
+def _in_study(error: JobError, overrides: Sequence[tuple[str, str]]) -> JobError:
+    """With the places of overrides in the study's file."""
+    message = str(error)
+    for place, text in overrides:
+        message = message.replace(f"--set {text}:", f"{place} {text}:")
+    return JobError(message)
 
 
 def _overrides(study: Study, source: Source, point: Point) -> Iterator[tuple[str, str]]:

@@ -133,12 +133,17 @@ def test_the_plot_needs_matplotlib(write: Write, monkeypatch: pytest.MonkeyPatch
         run_study(write())
 
 
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [("ranks=3", "jobs/base.yaml:7"), ("train.micro_batch_size=3", "study.yaml:11 train.micro_batch_size=3:")],
+)
 def test_what_a_plan_refuses_is_refused_at_its_point(
-    write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    override: str, where: str, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.undo()
-    assert main(["study", str(write(("sparsity=null", "ranks=3")))]) == 2
-    assert capsys.readouterr().err.startswith("80-dense: train.batch_size 4 does not divide by 3 ranks")
+    study = write(("sparsity=null", override))
+    assert main(["study", str(study)]) == 2
+    assert capsys.readouterr().err.startswith(f"80-dense: {study.parent}/{where} train.")
 
 
 def test_runs_at_a_time(grid: Grid, fake: Make) -> None:
