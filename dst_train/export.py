@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def load_exported(path: str | Path) -> nn.Module:
         rank = about.sparsity.low_rank.rank if about.sparsity.low_rank is not None else 0
         sparsify(model, about.sparsity.rules, budget=about.sparsity.budget, seed=about.seed, rank=rank)
     for name, layer in _diagonal(model).items():
-        layer.settle(slots[name])
+        layer.make_room(slots[name])
     safetensors.torch.load_model(model, path)
     return model.eval()
 
@@ -116,5 +115,5 @@ def _diagonal(model: nn.Module) -> dict[str, DiagonalLinear]:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    elif path.exists():
-        os.remove(path)
+    else:
+        path.unlink(missing_ok=True)

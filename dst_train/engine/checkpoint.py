@@ -198,9 +198,8 @@ def _problem(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    for (name, entry), digest in zip(
-        files.items(), _in_threads(_sha256, [folder / name for name in files]), strict=True
-    ):
+    digests = _in_threads(_sha256, [folder / name for name in files])
+    for (name, entry), digest in zip(files.items(), digests, strict=True):
         if digest != entry["sha256"]:
             return f"{name} does not have the sha256 of the manifest"
     return None

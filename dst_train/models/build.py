@@ -9,7 +9,7 @@ from torch import nn
 
 from dst_train.job import JobError
 from dst_train.job.schema import MLPModel, Model, TimmModel, TransformersModel
-from dst_train.models.causal_lm import ARGS, causal_lm
+from dst_train.models.causal_lm import causal_lm
 from dst_train.models.mlp import MLP
 
 # timm does not check arguments: a wrong one surfaces as any of these, somewhere inside the model
@@ -45,7 +45,7 @@ def _timm(spec: TimmModel) -> nn.Module:
     except BAD_ARGUMENT as error:
         raise JobError(
             f"model.args: timm cannot build {spec.name} with {spec.args}: {type(error).__name__}: {error}",
-            ARGS,
+            ("model", "args"),
         ) from error
 
 

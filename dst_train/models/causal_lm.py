@@ -14,7 +14,6 @@ from dst_train.job.schema import TransformersModel
 
 # not for a job to choose: training needs neither a cache of keys and values nor tuples, and has train.precision
 FIXED: dict[str, Any] = {"use_cache": False, "return_dict": True, "dtype": "float32"}
-ARGS = ("model", "args")
 NOT_ARGUMENTS = {*FIXED, "model_type", "transformers_version"}
 
 # values are checked by the configuration, or surface somewhere inside the model
@@ -47,7 +46,7 @@ def causal_lm(spec: TransformersModel) -> nn.Module:
         raise JobError(
             f"model.args: transformers {transformers.__version__} cannot build {spec.name} with {spec.args}: "
             f"{type(error).__name__}: {error}",
-            ARGS,
+            ("model", "args"),
         ) from error
     model.register_forward_hook(_logits)
     return model
@@ -69,7 +68,9 @@ def _check_names_of_arguments(spec: TransformersModel, defaults: Any) -> None:
     known = {*defaults.to_dict(), *defaults.attribute_map} - NOT_ARGUMENTS
     for name in spec.args:
         if name not in known:
-            raise JobError(f"model.args: the configuration of {spec.name} has no {name!r}{_near(name, known)}", ARGS)
+            raise JobError(
+                f"model.args: the configuration of {spec.name} has no {name!r}{_near(name, known)}", ("model", "args")
+            )
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -124,16 +124,16 @@ class DiagonalLinear(SparseLayer):
         return torch.cat([freed, free]).unique()
 
     @torch.no_grad()
-    def settle(self, slots: int | None = None) -> None:
-        """End training: free slots are given back, gates become part of the values, alpha is gone; the product stays what it was.
-
-        slots: instead, have so many, with anything in them, for a state that is loaded next.
-        """
+    def settle(self) -> None:
+        """End training: free slots are given back, gates become part of the values, alpha is gone; the product stays what it was."""
         values, offsets = self._present()
-        if slots is not None:
-            values, offsets = values.new_zeros(slots * self.band, self.length), offsets.new_zeros(slots)
         self.values, self.offsets = nn.Parameter(values.clone()), offsets.clone()
         self.alpha, self.gate, self._taken = None, None, None
+
+    def make_room(self, slots: int) -> None:
+        """Have so many slots, with nothing of use in them yet: for the state of a settled layer, which is loaded next."""
+        self.values = nn.Parameter(self.values.new_zeros(slots * self.band, self.length))
+        self.offsets = self.offsets.new_zeros(slots)
 
     def slot_of(self, element: Tensor) -> Tensor:
         return element // self.unit_entries
