@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0; 1 when a run of a study failed; 2 when the job or study cannot be run as written, or
-    there is nothing to export; 130 after Ctrl-C."""
+    """Exit codes: 0; 1 when training or a run of a study failed; 2 when the job or study cannot be run as written, or
+    there is nothing to export; 130 after Ctrl-C in a study."""
     parser = argparse.ArgumentParser(prog="dst-train", description="Declarative dynamic sparse training.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     plan = verbs.add_parser("plan", help="check a job and print what it would do; needs no GPU")
@@ -20,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     plan.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
     plan.add_argument("--no-data", action="store_true", help="do not look for the shards")
+    run = verbs.add_parser("run", help="train a job on this machine; continues from its last checkpoint")
+    run.add_argument("job", help="the job's YAML file")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key")
+    run.add_argument("--ranks", type=int, help="number of ranks (default: one for each GPU, one without)")
     study = verbs.add_parser("study", help="run a job over a grid of overrides and seeds; continues where it stopped")
     study.add_argument("study", type=Path, help="the study's YAML file")
     study.add_argument(
@@ -34,15 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_argument(
         "--dense", action="store_true", help="dense weights, for the model's library; else sparse, for load_exported"
     )
+    report = verbs.add_parser("report", help="where runs are and what they reached; of one run its layers, too")
+    report.add_argument("runs", nargs="+", type=Path, metavar="run", help="a run's directory")
     verbs.add_parser("schema", help="print the JSON Schema of a job, for editors")
     args = parser.parse_args(argv)
-    if args.verb == "plan" and args.ranks < 1:
+    if args.verb in ("plan", "run") and args.ranks is not None and args.ranks < 1:
         parser.error(f"--ranks {args.ranks}: must be at least 1")
 
     from dst_train.job import JobError
 
     try:
-        return {"plan": _plan, "study": _study, "export": _export, "schema": _schema}[args.verb](args)
+        return {"plan": _plan, "run": _run, "study": _study, "export": _export, "report": _report, "schema": _schema}[
+            args.verb
+        ](args)
     except JobError as error:
         print(error, file=sys.stderr)
         return 2
@@ -57,6 +66,26 @@ def _plan(args: argparse.Namespace) -> int:
     except JobError as error:
         raise locate(error, args.job, args.overrides) from error
     return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from dst_train.processes import run_ranks, strangers
+
+    gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    problem = strangers()
+    if "RANK" in os.environ:
+        problem = "RANK is set: this process is a rank already; have the launcher start `-m dst_train.train --job JOB`"
+    elif gpus and args.ranks is not None and args.ranks > gpus:
+        problem = f"--ranks {args.ranks}: this machine has {gpus} GPUs, and each rank takes one"
+    if problem is not None:
+        print(problem, file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "dst_train.train", "--job", args.job]
+    for override in args.overrides:
+        command += ["--set", override]
+    return run_ranks(command, args.ranks or gpus or 1)
 
 
 def _study(args: argparse.Namespace) -> int:
@@ -74,6 +103,13 @@ def _export(args: argparse.Namespace) -> int:
     except (CheckpointError, FileExistsError) as error:
         print(error, file=sys.stderr)
         return 2
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from dst_train.summary import report
+
+    print(report(args.runs))
     return 0
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from dst_train.engine.trainer import Trainer
 from dst_train.engine.watchdog import Watchdog
 from dst_train.job import BatchPlan, Job
 from dst_train.monitor import Monitor, RunDirectory
+from dst_train.processes import signals
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,12 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
             directory.write_text("job.yaml", jobs.dump(job))
             directory.write_text("ds_config.json", json.dumps(compile_config(job, plan), indent=2))
             directory.write_environment()
-        with _stop_flag() as stop_requested:
+        # Only noted: collectives in a handler deadlock, as launchers signal one rank at a time.
+        with signals() as received:
             session = build_session(job, plan)
             if session.topology.layers and not session.topology.update_steps:
                 monitor.message(f"topology {session.topology}")
-            trainer = _trainer(job, plan, session, monitor, watchdog, checkpoints, found, stop_requested)
+            trainer = _trainer(job, plan, session, monitor, watchdog, checkpoints, found, lambda: bool(received))
             trainer.fit(plan.total_steps if stop_at is None else min(stop_at, plan.total_steps))
         close_session(session)  # not after an error: the ranks are no longer in step, and the process ends
         return Outcome(directory.path, trainer.step, trainer.finished, trainer.last_evaluation)
@@ -131,16 +131,3 @@ def _trainer(
                 "of sums, and by random numbers such as dropout's"
             )
     return trainer
-
-
-@contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
-    """SIGTERM, SIGINT and SIGUSR1 only set a flag: collectives in a handler deadlock, as launchers signal one rank at a time."""
-    received: list[int] = []
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in watched}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

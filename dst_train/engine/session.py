@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 from dataclasses import dataclass
 
 import deepspeed
@@ -20,6 +19,7 @@ from dst_train.engine.build import sparsify_by, topology_of
 from dst_train.engine.config import compile_config
 from dst_train.engine.optim import build_optimizer
 from dst_train.job import BatchPlan, Job
+from dst_train.processes import free_port
 from dst_train.sparse import SparsityReport
 from dst_train.topology import Topology
 
@@ -37,7 +37,7 @@ def start_distributed() -> tuple[int, int]:
     if not dist.is_initialized():
         if "RANK" not in os.environ:  # python launch/train.py, without a launcher
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+            os.environ.update(alone, MASTER_PORT=str(free_port()))
         if get_accelerator().device_name() == "cpu":
             # Used by inference only, and would be compiled for most of a minute inside init_distributed.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -77,9 +77,3 @@ def seed_random_numbers(seed: int, rank: int, step: int = 0) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -6,12 +6,9 @@ with a process for each rank, which find each other as those of a launcher do; n
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dst_train.job import dump
+from dst_train.processes import cores, start_ranks, stop
 from dst_train.study.grid import Run
 
 COMMAND = (sys.executable, "-m", "dst_train.study.worker")
@@ -46,7 +44,7 @@ def execute(
                 run = pending.popleft()
                 group = next((g for g in idle if g.ranks == run.ranks), None)
                 if group is None:
-                    group = Group(run.ranks, max(1, (os.cpu_count() or 1) // (parallel * run.ranks)), lock, command)
+                    group = Group(run.ranks, max(1, cores() // (parallel * run.ranks)), lock, command)
                 else:
                     idle.remove(group)
                 busy[group] = run
@@ -58,7 +56,7 @@ def execute(
                     idle.append(group)
                 yield run, group.error
     finally:
-        stop([*busy, *idle], GRACE_SECONDS)
+        stop_groups([*busy, *idle], GRACE_SECONDS)
 
 
 class Group:
@@ -71,26 +69,15 @@ class Group:
         self.ranks = ranks
         self.error: str | None = None
         self.awaited: set[int] = set()
-        shared = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-        }
-        self.processes = [
-            subprocess.Popen(
-                command,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                pass_fds=(lock,),
-                start_new_session=True,  # Ctrl-C is for the study, which asks them to stop
-            )
-            for rank in range(ranks)
-        ]
+        self.processes = start_ranks(
+            command,
+            ranks,
+            threads=str(threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(lock,),
+            start_new_session=True,  # Ctrl-C is for the study, which asks them to stop
+        )
 
     def start(self, run: Run) -> None:
         run.directory.mkdir(parents=True, exist_ok=True)
@@ -112,7 +99,7 @@ class Group:
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(EXIT_SECONDS)
                     self.error = _describe(process.returncode, self._output(rank))
-                    stop([self], 0.0)  # the others wait for the one that ended
+                    stop_groups([self], 0.0)  # the others wait for the one that ended
                     return True
         return not self.awaited
 
@@ -120,18 +107,10 @@ class Group:
         return self._directory / f"output-{rank}.txt"
 
 
-def stop(groups: Sequence[Group], grace: float) -> None:
-    """Ask all processes to stop, and kill those that have not after `grace` seconds."""
-    processes = [process for group in groups for process in group.processes]
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + grace
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def stop_groups(groups: Sequence[Group], grace: float) -> None:
+    workers = [process for group in groups for process in group.processes]
+    stop(workers, grace)
+    for process in workers:
         _pipe(process.stdout).close()
         with suppress(BrokenPipeError):
             _pipe(process.stdin).close()
@@ -151,9 +130,3 @@ def _describe(code: int | None, output: Path) -> str:
 def _pipe(pipe: IO[str] | None) -> IO[str]:
     assert pipe is not None  # every process is started with both
     return pipe
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -298,7 +298,8 @@ def test_a_killed_run_continues_from_its_last_checkpoint(write_job: Any, run_job
     process.wait()
     shutil.copytree(checkpoints / (checkpoints / "latest").read_text(), checkpoints / "step-00099999.partial")
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [str(Path(sys.executable).parent / "dst-train"), "run", str(job)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     for line in process.stdout:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dst_ops
-from dst_train import densify, load_exported
+from dst_train import densify, load_exported, train
 from dst_train.cli import main
 from dst_train.data import write_shards
 from dst_train.engine import load_model
@@ -79,6 +78,8 @@ def test_the_launcher_trains_a_job(
     assert _scalars(run, "topology/sparsity_actual/layers.0")[0] == pytest.approx(1 - 78 / 784)
     assert count_right(load_model(run), job) == count_right(densify(load_model(run)), job) == round(accuracy[-1] * 21)
 
+    assert main(["report", str(run)]) == 0
+    assert f"40 of 40  {_scalars(run, 'eval/loss')[-1]:.4f}  " in capsys.readouterr().out
     exported = tmp_path / "small.safetensors"
     assert main(["export", str(run), str(exported)]) == 0
     assert capsys.readouterr().out.startswith(f"{exported}: sparse weights of small at step 40, ")
@@ -149,12 +150,12 @@ def test_a_bad_job_ends_with_exit_code_2_on_every_rank(write_job: Any, launch_jo
 def test_a_quicker_rank_does_not_end_the_job_before_another_has_said_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script, waited = runpy.run_path(str(ROOT / "launch/train.py")), []
+    waited = []
     monkeypatch.setattr(time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
-    assert script["refuse"](ValueError("no such file"), 0, speaks=True) == 2
+    assert train.refuse(ValueError("no such file"), 0, speaks=True) == 2
     assert (waited, capsys.readouterr().err) == ([], "no such file\n")
-    assert script["refuse"](ValueError("no such file"), 3, speaks=False) == 2
-    assert waited == [(script["PATIENCE"], "")]
+    assert train.refuse(ValueError("no such file"), 3, speaks=False) == 2
+    assert waited == [(train.PATIENCE, "")]
     assert capsys.readouterr().err == f"rank 3 on {socket.gethostname()}: no such file\n"
 
 

@@ -124,7 +124,7 @@ def test_one_study_at_a_time_and_none_beside_a_worker_of_a_killed_one(write: Wri
         ):
             run_study(path)
     finally:
-        workers.stop([group], 10.0)
+        workers.stop_groups([group], 10.0)
 
 
 def test_the_plot_needs_matplotlib(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_a_worker_that_does_not_stop_is_killed(grid: Grid, fake: Make, monkeypat
     group = workers.Group(1, 1, write, (*workers_.command[:-1], str(deaf)))
     group.start(grid.runs[0])
     assert group.processes[0].stdout.readline() == "on\n"
-    workers.stop([group], 0.1)
+    workers.stop_groups([group], 0.1)
     assert group.processes[0].returncode == -signal.SIGKILL
     os.close(read)
     os.close(write)
