@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import dst_ops
 from dst_train import data, models
 from dst_train.engine import compile_config, sparsify_by, topology_of
 from dst_train.job import BatchPlan, Job, JobError, Key, dump
-from dst_train.sparse import DiagonalLinear, SparsityReport, sparse_layers
+from dst_train.sparse import DiagonalLinear, SparsityReport
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     except ValueError as error:
         raise JobError(f"topology: {error}", ("topology",)) from error
     memory, checkpoint = _memory(job, report.parameters, world_size, topology.held_bytes)
-    flops = (_flops(model, sample), dense_flops)
+    flops = (_flops(model, sample, sparse=[layer.name for layer in report.layers]), dense_flops)
     return Plan(job, batch, report, str(topology), flops, memory, checkpoint, compile_config(job, batch))
 
 
@@ -114,26 +115,33 @@ def _refuse_batch_norm(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train") -> int:
+def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train", sparse: Sequence[str] = ()) -> int:
     """Matrix products that torch counts, plus 2 K L per token for the diagonal layers, whose op it does not know.
 
-    K is that of the settled topology. Masked layers count as what they are: dense.
+    K is that of the settled topology. Masked layers count as what they are: dense. sparse: names of replaced layers, each of
+    which must be called.
     """
-    extra = 0
+    extra, called = 0, set()
 
     def count(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         nonlocal extra
-        assert isinstance(layer, DiagonalLinear)
-        extra += 2 * layer.num_final * layer.unit_entries * (output.numel() // output.shape[-1])
+        called.add(layer)
+        if isinstance(layer, DiagonalLinear):
+            extra += 2 * layer.num_final * layer.unit_entries * (output.numel() // output.shape[-1])
 
-    diagonal = [layer for layer in sparse_layers(model).values() if isinstance(layer, DiagonalLinear)]
-    handles = [layer.register_forward_hook(count) for layer in diagonal]
+    replaced = {model.get_submodule(name): name for name in sparse}
+    handles = [layer.register_forward_hook(count) for layer in replaced]
     training = model.training
     model.eval()
     try:
         # The counter does not know the CPU's fused attention.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(sample)
+    except AttributeError as error:
+        reads = next((name for layer, name in replaced.items() if layer is error.obj), None)
+        if reads is None:
+            raise
+        raise _not_called(reads) from error
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # models check their inputs in many ways
         sort = f"{sample.dtype} up to {sample.max():g}"
         raise JobError(
@@ -144,7 +152,18 @@ def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train") ->
         model.train(training)
         for handle in handles:
             handle.remove()
+    for layer, name in replaced.items():
+        if layer not in called:
+            raise _not_called(name)
     return counter.get_total_flops() + extra
+
+
+def _not_called(name: str) -> JobError:
+    return JobError(
+        f"sparsity: layer {name} is not called by the model, which does not use it, or reads its weight to multiply by it itself; keep "
+        f"it dense: add {{match: {name!r}, sparsity: null}}",
+        ("sparsity",),
+    )
 
 
 def _memory(job: Job, parameters: int, world_size: int, held: int) -> tuple[dict[str, int], int]:

@@ -57,8 +57,14 @@ class DeepSpeedEditor:
 
     def check(self, name: str, parameter: nn.Parameter) -> None:
         require_trainable(name, parameter)
-        groups = self._engine.basic_optimizer.param_groups if self._stage == 0 else None
-        if groups is not None and not any(parameter is p for group in groups for p in group["params"]):
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            optimised = any(parameter is p for g in self._engine.basic_optimizer.param_groups for p in g["params"])
+        elif self._stage == 3:
+            optimised = optimizer.get_param_id(parameter) in optimizer.grad_position
+        else:
+            optimised = hasattr(parameter, "_hp_mapping")
+        if not optimised:
             raise ValueError(f"{name} is not among the optimiser's parameters; create the optimiser after sparsify()")
 
     def sums(self, parameter: nn.Parameter, slot_of: SlotOf, num_slots: int) -> Tensor:

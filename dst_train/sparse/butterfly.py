@@ -99,7 +99,9 @@ class ButterflyLinear(nn.Module):
         product = float((self.up.double() @ self.down.double()).square().mean())
         scale = (2 * float(weight.double().square().mean()) / product) ** 0.25
         self.up.mul_(scale)
-        self.down.mul_(scale)
+        self.down.mul_(
+            scale or 1.0 / math.sqrt(self.in_features)
+        )  # of a weight of zeros one factor must not be zero, or none learns
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 

@@ -37,5 +37,5 @@ def _dense(layer: SparseLayer | SrSteLinear | ButterflyLinear | SdgpLinear) -> n
             dense, weight = layer.replaced(*reversed(sizes)), weight.t()
     dense.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.clone())
+        dense.bias = nn.Parameter(layer.bias.clone(), requires_grad=layer.bias.requires_grad)
     return dense.train(layer.training)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,10 @@ class SparseLayer(nn.Module, ABC):
         if self.watch is not None:
             self.watch(x, y)
         return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are not watched: what they do would be counted as what this layer does."""
+        return {key: value for key, value in self.__dict__.items() if key != "watch"}
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
@@ -119,6 +125,16 @@ class SparseLayer(nn.Module, ABC):
             return 0.0 * chosen + 1.0
         share = torch.softmax(chosen / self.temperature, 0)
         return (self.num_final * share).clamp(max=1.0) if self.gate == "soft" else active.numel() * share
+
+
+def generator_of(*key: int | str) -> torch.Generator:
+    """A CPU generator that the key alone determines, and whose stream is no other's.
+
+    Seeds that are small numbers are in use already: what torch.manual_seed(0) initialises and what a generator of seed 0 chooses
+    would be the same numbers.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def count_active(density: float, units_per_group: int) -> int:

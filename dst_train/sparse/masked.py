@@ -77,7 +77,7 @@ class MaskedLinear(SparseLayer):
         if pattern == "shuffled_block":
             self.register_buffer("rows", torch.randperm(out_features, generator=generator, device="cpu").to(device))
             self.register_buffer("columns", torch.randperm(in_features, generator=generator, device="cpu").to(device))
-            self.register_load_state_dict_post_hook(lambda module, _: module._take_order())
+            self.register_load_state_dict_post_hook(_take_order)
             unit = self._shuffled()
         self.num_units = int(unit.max()) + 1
         self.unit_entries = unit.numel() // self.num_units
@@ -121,7 +121,8 @@ class MaskedLinear(SparseLayer):
         return torch.nonzero(wanted[self._unit.cpu()].flatten()).flatten()
 
     def unit_scores(self, x: Tensor, dy: Tensor, reduce: Reduce | None) -> Tensor:
-        gradient = dy.float().t() @ x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            gradient = dy.float().t() @ x.float()
         if reduce is not None:
             gradient = reduce(gradient, 0)
         sums = gradient.new_zeros(self.num_units)
@@ -156,6 +157,10 @@ class MaskedLinear(SparseLayer):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.pattern}, units={self.num_active}/{self.num_units}"
+
+
+def _take_order(layer: MaskedLinear, _: object) -> None:
+    layer._take_order()  # a function of the module, or the layer could not be pickled
 
 
 def _partition(pattern: str, m: int, n: int, size: int) -> tuple[Tensor, int]:

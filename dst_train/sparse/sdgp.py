@@ -64,7 +64,7 @@ class SdgpLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
         weight: Tensor = self.weight
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             # Autocast does not reach into a Function's backward pass.
             x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
         y = _Product.apply(x, weight, self.kept, self.size)

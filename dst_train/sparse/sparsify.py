@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dst_train.sparse.budget import densities
 from dst_train.sparse.butterfly import ButterflyLinear
-from dst_train.sparse.layer import SparseLayer
+from dst_train.sparse.layer import SparseLayer, generator_of
 from dst_train.sparse.linear import DiagonalLinear
 from dst_train.sparse.masked import PATTERNS, MaskedLinear
 from dst_train.sparse.report import LayerReport, SparsityReport
@@ -101,8 +101,8 @@ def sparsify(
 
     Raises:
         ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
-            divide a layer or does not belong to the pattern, a model that is a linear layer, a weight that two modules share,
-            sparsity outside [0, 1), explore below 1, an unknown gate, a rank above a layer's size, a gate or rank for a layer
+            divide a layer or does not belong to the pattern, a model that is a linear layer, a weight that two modules share or that
+            is frozen, a layer with hooks, sparsity outside [0, 1), explore below 1, an unknown gate, a rank above a layer's size, a gate or rank for a layer
             that is not diagonal, or `sdgp` under another budget than `uniform`.
     """
     parsed = [_parse(rule) for rule in rules]
@@ -126,11 +126,12 @@ def sparsify(
     dense_parameters = sum(p.numel() for p in model.parameters())
     options, built = _Options(explore, gate, rank, accumulation), []
     for i, ((layer, rule), share) in enumerate(zip(chosen, density, strict=True)):
-        built.append(_build(layer, rule, share, _layer_seed(seed, i), options))
+        built.append(_build(layer, rule, share, generator_of("first units", seed, i), options))
     for report, module in built:
         parent, _, child = report.name.rpartition(".")
         module.replaced = type(model.get_submodule(report.name))
         setattr(model.get_submodule(parent), child, module)
+    _keep_off_the_fast_path(model)
     return SparsityReport(tuple(r for r, _ in built), sum(p.numel() for p in model.parameters()), dense_parameters)
 
 
@@ -188,20 +189,32 @@ def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Modul
             raise ValueError(
                 f"layer {name} shares its weight with another module; keep it dense: add a rule with sparsity: null"
             )
+        if not module.weight.requires_grad:
+            raise ValueError(
+                f"layer {name} is frozen (its weight has requires_grad=False), and a sparse layer in its place would start to "
+                "learn; keep it dense: add a rule with sparsity: null"
+            )
+        if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
+            raise ValueError(
+                f"layer {name} has hooks, as torch.nn.utils.weight_norm registers them, which its replacement would not have; "
+                "remove them or register them after sparsify(), or keep it dense: add a rule with sparsity: null"
+            )
         chosen.append((layer, last))
     return chosen
 
 
 def _build(
-    layer: _Dense, rule: SparsityRule, density: float, seed: int, options: _Options
+    layer: _Dense, rule: SparsityRule, density: float, generator: torch.Generator, options: _Options
 ) -> tuple[LayerReport, SparseLayer | _NotDynamic]:
     try:
         # The constructor's own draw from the global generator is overwritten below: leave no trace of it.
         with torch.random.fork_rng(devices=[layer.weight.device] if layer.weight.is_cuda else []):
-            module = _module(layer, rule, density, seed, options)
+            module = _module(layer, rule, density, generator, options)
     except ValueError as error:
         raise ValueError(f"layer {layer.name} (rule {rule.match!r}): {error}") from error
     module.load_dense_init(layer.weight, layer.bias)
+    if module.bias is not None and layer.bias is not None:
+        module.bias.requires_grad_(layer.bias.requires_grad)
     report = LayerReport(
         name=layer.name,
         in_features=module.in_features,
@@ -218,8 +231,23 @@ def _build(
     return report, module
 
 
+def _keep_off_the_fast_path(model: nn.Module) -> None:
+    """In evaluation mode torch's encoder layers read the weights of their children instead of calling them, where the activation is one
+    of which they have a fused version: without such a mark they call them, as in training."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(child, SparseLayer | _NotDynamic) for child in module.modules()
+        ):
+            module.activation_relu_or_gelu = 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(child, SparseLayer | _NotDynamic) for child in module.modules()
+        ):
+            module.use_nested_tensor = False
+
+
 def _module(
-    layer: _Dense, rule: SparsityRule, density: float, seed: int, options: _Options
+    layer: _Dense, rule: SparsityRule, density: float, generator: torch.Generator, options: _Options
 ) -> DiagonalLinear | MaskedLinear | _NotDynamic:
     out_features, in_features = layer.weight.shape
     shared: dict[str, Any] = {
@@ -228,7 +256,6 @@ def _module(
         "device": layer.weight.device,
         "dtype": layer.weight.dtype,
     }
-    generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Any] = {"explore": options.explore, "generator": generator, **shared}
     if rule.pattern == "diagonal":
         learned, gate, rank = rule.permute == "learned", options.gate, options.rank
@@ -246,7 +273,3 @@ def _module(
             f"gate={options.gate!r}, as method dynadiag needs: only diagonal layers have gates, this one is {rule.pattern}"
         )
     return MaskedLinear(in_features, out_features, pattern=rule.pattern, size=rule.size, **drawn)
-
-
-def _layer_seed(seed: int, index: int) -> int:
-    return (seed * 1_000_003 + index) % 2**63

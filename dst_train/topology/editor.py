@@ -81,13 +81,13 @@ def element_state(state: dict[str, Any], numel: int) -> dict[str, Tensor]:
     """The entries of an optimiser state that hold one number per element.
 
     Raises:
-        ValueError: such an entry that is neither a known first nor second moment.
+        ValueError: a tensor that is neither a known first nor second moment; a single number, such as the step, may be there.
     """
     found = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() != numel or value.dim() == 0:
+        if not isinstance(value, Tensor) or value.dim() == 0:
             continue
-        if key not in FIRST_MOMENTS + SECOND_MOMENTS:
+        if value.numel() != numel or key not in FIRST_MOMENTS + SECOND_MOMENTS:
             raise ValueError(
                 f"optimiser state {key!r} is not known to topology updates (known: "
                 f"{', '.join(FIRST_MOMENTS + SECOND_MOMENTS)}); use AdamW or SGD"

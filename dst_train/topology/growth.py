@@ -79,11 +79,16 @@ class GrowthSignal:
 
     def _on_forward(self, name: str, x: Tensor, y: Tensor) -> None:
         if y.requires_grad:
-            y.register_hook(partial(self._on_gradient, name, x.detach()))
+            y.register_hook(partial(self._on_gradient, name, x.detach(), x._version))
 
     @torch.no_grad()
-    def _on_gradient(self, name: str, x: Tensor, dy: Tensor) -> None:
+    def _on_gradient(self, name: str, x: Tensor, version: int, dy: Tensor) -> None:
         layer = self._layers[name]
+        if x._version != version:  # autograd says so itself, unless the product was of a copy, as it is in autocast
+            raise RuntimeError(
+                f"the input of layer {name} was changed in place after the layer had read it, so that its gradient is lost to the "
+                "growth signal; let what follows make a new tensor (h = h + y in place of h += y)"
+            )
         seen = self._seen[name] = self._seen.get(name, 0) + 1
         if seen > self._accumulation:
             raise RuntimeError(
@@ -97,7 +102,9 @@ class GrowthSignal:
             self._scores[name] = self._scores[name] + scores if seen > 1 else scores
         elif seen < self._accumulation:
             if seen == 1:
-                self._sums[name] = torch.zeros(layer.out_features, layer.in_features, device=x.device)
+                self._sums[name] = torch.zeros(
+                    layer.out_features, layer.in_features, device=x.device, dtype=torch.float32
+                )
             self._sums[name].addmm_(dy2.float().t(), x2.float())
         else:
             held = self._sums.pop(name, None)

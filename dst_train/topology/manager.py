@@ -120,6 +120,7 @@ class Topology:
     def close(self) -> None:
         """Free the process group of a bound topology, for a process that goes on to another. Collective."""
         self._require_bound("close")
+        self._signal.stop()
         self._ranks.close()
 
     def step(self, applied: bool = True) -> TopologyUpdate | None:
@@ -190,9 +191,15 @@ class Topology:
                     f"layer {name} has gate={layer.gate!r} and method={self.settings.method!r} {needs} gates; give sparsify() "
                     "gate='straight_through' for dynadiag, and no gate for other methods"
                 )
-            if layer.num_start > layer.num_final and not self.update_steps:
+            if self._soft and (layer.gate != "soft" or layer.num_start < layer.num_units):
                 raise ValueError(
-                    f"layer {name} starts with {layer.num_start} units and is to keep {layer.num_final}, but no update comes: "
+                    f"layer {name} starts with {layer.num_start} of {layer.num_units} units and gate={layer.gate!r}: under the soft "
+                    "gate nothing grows, so that all units of all layers must be there at first; give sparsify() explore=math.inf "
+                    "and gate='soft' for all layers"
+                )
+            if layer.num_active > layer.num_final and not self.update_steps:
+                raise ValueError(
+                    f"layer {name} starts with {layer.num_active} units and is to keep {layer.num_final}, but no update comes: "
                     f"method={self.settings.method!r}, every={self.settings.every}, until * total_steps={self.settings.last_step}"
                 )
 
@@ -266,6 +273,8 @@ class Topology:
             grow, keep = 0, final if last else layer.num_active
         else:
             keep = final if last else policy.active_count(start, final, self.steps, self.settings.last_step)
+            if self._method.choose is None:  # a layer that was trained before has no surplus left
+                keep = min(keep, layer.num_active // layer.num_groups)
             absent = (layer.num_units - layer.num_active) // layer.num_groups
             grow = min(round(fraction * keep), absent)
         progress = 1.0 if last else self.steps / self.settings.last_step

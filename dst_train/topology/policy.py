@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
+
+from dst_train.sparse.layer import generator_of
 
 # Of the steps in which the topology changes, the share in which `explore` shrinks to 1.
 EXPLORE_SHARE = 0.4
@@ -32,9 +33,7 @@ def temperature(start: float, end: float, step: int, last_step: int) -> float:
 
 def random_scores(num_units: int, key: tuple[int, ...]) -> Tensor:
     """float64 [num_units] in [0, 1), drawn by the key and by nothing else."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.rand(num_units, generator=generator, dtype=torch.float64)
+    return torch.rand(num_units, generator=generator_of(*key), dtype=torch.float64)
 
 
 def sampled(weight: Tensor, key: tuple[int, ...]) -> Tensor:

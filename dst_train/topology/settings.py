@@ -84,4 +84,4 @@ class Settings:
     @property
     def last_step(self) -> int:
         """Updates come before it."""
-        return int(self.until * self.total_steps)
+        return int(round(self.until * self.total_steps, 6))  # 0.29 * 100 is less than 29

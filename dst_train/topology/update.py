@@ -137,10 +137,11 @@ def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: Par
         filled = layer.units()[slots] >= 0
         editor.write(layer.stored, layer.elements(slots[filled]), 0.0, second_moment)
         editor.write(layer.stored, layer.elements(slots[~filled]), 0.0, 0.0)
-    if layer.alpha is not None and bool(kept.any()):
-        alpha[grown] = alpha[kept].mean()
+    if layer.alpha is not None:
+        models = kept if bool(kept.any()) else active
+        alpha[grown] = alpha[models].mean()
         others = torch.nonzero(~kept).flatten()
-        editor.write(layer.alpha, others, alpha[others], float(scores.alpha_second_moment[kept].mean()))
+        editor.write(layer.alpha, others, alpha[others], float(scores.alpha_second_moment[models].mean()))
     return Changed(dropped, grown, drop_margin, grow_margin, alpha)
 
 

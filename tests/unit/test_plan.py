@@ -99,6 +99,10 @@ def test_the_plan_says_when_the_topology_changes(job_file: Path) -> None:
         assert f"topology\n  {text}\n" in str(prepare(load(job_file, [override]), 2))
 
 
+# Its attention multiplies by the weights of its layers itself.
+BEIT = "model={builder: timm, name: beit_base_patch16_224, args: {in_chans: 1, img_size: 28, patch_size: 7, embed_dim: 64, depth: 1, num_heads: 4}}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -118,6 +122,14 @@ def test_the_plan_says_when_the_topology_changes(job_file: Path) -> None:
         (
             ["model={builder: timm, name: resnet10t, args: {in_chans: 1}}", "sparsity=null"],
             "model: conv1.1 is a BatchNorm2d, whose running statistics differ from rank to rank",
+        ),
+        (
+            [BEIT, "sparsity.rules=[{match: '*.qkv', sparsity: 0.5}]"],
+            "sparsity: layer blocks.0.attn.qkv is not called by the model, which does not use it, or reads its weight",
+        ),
+        (
+            [BEIT, "sparsity.rules=[{match: '*.qkv', sparsity: 0.5, pattern: unstructured}]", "topology.method=set"],
+            "sparsity: layer blocks.0.attn.qkv is not called by the model",
         ),
         (
             ["model={builder: timm, name: vit_tiny_patch16_224, args: {pretrained: true}}"],

@@ -79,3 +79,11 @@ def test_a_rule_makes_it_and_the_output_varies_as_before() -> None:
 def test_bad_arguments_are_named(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ButterflyLinear(16, 32, **kwargs)
+
+
+def test_over_zeros_the_low_rank_part_learns() -> None:
+    layer = ButterflyLinear(64, 16, sparsity=0.5, size=2)
+    layer.load_dense_init(torch.zeros(16, 64), None)
+    assert not layer.to_dense().any()
+    layer(torch.randn(4, 64)).sub(1.0).square().mean().backward()
+    assert layer.up.grad.any()

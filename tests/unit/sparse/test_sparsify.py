@@ -136,6 +136,18 @@ def _tied() -> nn.Module:
     return net
 
 
+def _frozen() -> nn.Module:
+    net = Net()
+    net.head.weight.requires_grad_(False)
+    return net
+
+
+def _normed() -> nn.Module:
+    net = Net()
+    net.head.register_forward_pre_hook(lambda module, inputs: None)
+    return net
+
+
 @pytest.mark.parametrize(
     ("model", "rule", "message"),
     [
@@ -158,6 +170,12 @@ def _tied() -> nn.Module:
         (Net, {"match": "head"}, "needs match and sparsity"),
         (_tied, {"match": "head", "sparsity": 0.9}, "layer head shares its weight"),
         (_twice, {"match": "encode", "sparsity": 0.9}, "layer encode shares its weight"),
+        (_frozen, {"match": "head", "sparsity": 0.9}, r"layer head is frozen .*sparsity: null"),
+        (
+            _normed,
+            {"match": "head", "sparsity": 0.9},
+            r"layer head has hooks, as torch.nn.utils.weight_norm .*sparsity: null",
+        ),
     ],
 )
 def test_bad_rules_are_named(model: type, rule: dict, message: str) -> None:
@@ -209,3 +227,44 @@ def test_budgets_follow_their_formula() -> None:
     capped = densities("compute_fraction", [(10, 10), (100, 100)], [0.995, 0.995])
     assert capped[1] == 1.0
     assert capped[0] == pytest.approx(1 - 0.005 * 10100 / 100)
+
+
+@pytest.mark.parametrize("pattern", ["diagonal", "unstructured", "constant_fan_in", "n_m", "block"])
+def test_the_first_units_know_nothing_of_the_values(pattern: str) -> None:
+    """Both may be drawn first after a seed of 0, and by the same generator a mask would be of the smallest values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512))
+    size = 16 if pattern in ("n_m", "block") else 1
+    sparsify(model, [{"match": "0", "sparsity": 0.875, "pattern": pattern, "size": size}], seed=0)
+    weight = model[0].to_dense().detach()
+    present = weight[weight != 0.0].double()
+    count = present.numel()
+    assert count == pytest.approx(weight.numel() / 8, rel=1e-3)
+    # nn.Linear's are uniform within 1 / sqrt(256); the scale for the density is sqrt(8). Five standard errors of each.
+    bound = (8 / 256) ** 0.5
+    assert abs(present.mean()) < 5 * bound / (3 * count) ** 0.5
+    assert present.square().mean() == pytest.approx(bound**2 / 3, rel=5 * (0.8 / count) ** 0.5)
+
+
+def test_a_frozen_bias_stays_frozen() -> None:
+    net = Net()
+    net.head.bias.requires_grad_(False)
+    sparsify(net, [{"match": "head", "sparsity": 0.5}])
+    assert not net.head.bias.requires_grad
+    assert net.head.values.requires_grad
+    assert not densify(net).head.bias.requires_grad
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("pattern", ["diagonal", "unstructured", "sr_ste", "butterfly"])
+def test_encoder_layers_of_torch_call_their_layers_in_evaluation_too(pattern: str, padding: bool) -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0), 2)
+    size = {"sr_ste": 4, "butterfly": 4}.get(pattern, 1)
+    sparsify(encoder, [{"match": "*.linear*", "sparsity": 0.5, "pattern": pattern, "size": size}])
+    x, mask = torch.randn(3, 7, 64), torch.zeros(3, 7, dtype=torch.bool)
+    mask[0, 5:] = padding
+    trained = encoder.train()(x, src_key_padding_mask=mask).detach()
+    with torch.no_grad():
+        found = encoder.eval()(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(found, trained)

@@ -233,6 +233,11 @@ def test_absent_alphas_follow_the_signal() -> None:
             "layer 0 has gate=None and method='dynadiag' needs gates.*gate='straight_through'",
         ),
         ({"gate": "soft"}, {"method": "rigl"}, "layer 0 has gate='soft' and method='rigl' does not take gates"),
+        (
+            {"gate": "soft", "explore": 2.0},
+            {"method": "dynadiag"},
+            "layer 0 starts with 8 of 16 units and gate='soft': under the soft gate nothing grows.*explore=math.inf",
+        ),
         ({"explore": 2.0}, {"method": "static"}, "layer 0 starts with 8 units and is to keep 4, but no update comes"),
         ({"explore": 2.0}, {"method": "set", "every": 8}, r"every=8, until \* total_steps=7"),
         ({}, {"method": "set", "temperature": (1.0, 0.0)}, r"temperature=\(1.0, 0.0\): both must be above 0"),

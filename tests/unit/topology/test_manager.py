@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -332,11 +333,12 @@ def test_binding_errors() -> None:
         topology.bind(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def test_unknown_optimiser_state_is_refused() -> None:
+@pytest.mark.parametrize(("optimizer", "state"), [(torch.optim.Rprop, "prev"), (torch.optim.Adafactor, "row_var")])
+def test_unknown_optimiser_state_is_refused(optimizer: Any, state: str) -> None:
     model = _model()
-    optimizer = torch.optim.Rprop(model.parameters(), lr=0.1)
+    optimizer = optimizer(model.parameters(), lr=0.1)
     topology = Topology(model, method="set", every=1, total_steps=10).bind(optimizer)
-    with pytest.raises(ValueError, match=r"optimiser state 'prev' is not known.*use AdamW or SGD"):
+    with pytest.raises(ValueError, match=rf"optimiser state '{state}' is not known.*use AdamW or SGD"):
         _train(model, topology, optimizer, 1)
 
 
@@ -373,3 +375,99 @@ def test_editor_for_a_torch_optimizer() -> None:
     assert parameter.tolist() == [[1.0, -2.0], [0.0, 0.0]]
     editor.write(parameter, torch.tensor([3, 0]), torch.tensor([5.0, 6.0], dtype=torch.float64), 0.5)
     assert parameter.tolist() == [[6.0, -2.0], [0.0, 5.0]]
+
+
+class _Residual(nn.Module):
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self._in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).float() * 1.0
+        y = self.second(h).float()
+        if self._in_place:
+            h += y
+            return h
+        return h + y
+
+
+def test_an_input_that_is_changed_in_place_is_named() -> None:
+    """Under autocast the product is of a copy, so that autograd has nothing against it; the signal is of what the layer read."""
+    for in_place in (False, True):
+        model = _Residual(in_place=in_place)
+        sparsify(model, [{"match": "second", "sparsity": 0.5}])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        topology = Topology(model, every=1, total_steps=10).bind(optimizer)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.randn(4, 16)).square().mean()
+        if in_place:
+            with pytest.raises(
+                RuntimeError, match="the input of layer second was changed in place after the layer had"
+            ):
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
+            assert topology.step() is not None
+
+
+@pytest.mark.parametrize("pattern", ["diagonal", "unstructured"])
+def test_the_signal_is_in_fp32_also_where_autocast_is_on(pattern: str) -> None:
+    scores = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16))
+        sparsify(model, [{"match": "0", "sparsity": 0.5, "pattern": pattern}])
+        topology = Topology(model, every=1, total_steps=10).bind(torch.optim.SGD(model.parameters()))
+        loss = model(torch.randn(64, 16)).square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss.backward()
+        scores.append(topology._signal.take()["0"])
+    assert torch.equal(*scores)
+
+
+def test_the_signal_of_several_micro_batches_is_fp32_whatever_the_default() -> None:
+    model, topology, optimizer = _start(accumulation=2, every=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        x = torch.randn(12, 16, dtype=torch.float32)
+        for part in x.chunk(2):
+            model(part).square().mean().backward()
+        optimizer.step()
+        assert topology.step() is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_copies_and_closed_topologies_do_not_watch() -> None:
+    model, topology, _ = _start(every=1)
+    assert model[0].watch is not None
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin[0].watch is None
+        twin(torch.randn(4, 16)).square().mean().backward()
+    assert topology._signal.active
+    topology.close()
+    for _ in range(2):
+        model(torch.randn(4, 16)).square().mean().backward()
+
+
+def test_a_trained_layer_is_trained_on() -> None:
+    """With what it has: the surplus that it began with is gone, or has been given back."""
+    for settled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16))
+        sparsify(model, [{"match": "*", "sparsity": 0.75}], explore=2.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        topology = Topology(model, every=2, total_steps=20).bind(optimizer)
+        _train(model, topology, optimizer, 20)
+        if settled:
+            for layer in (model[0], model[2]):
+                layer.settle()
+        assert not Topology(model, method="static", total_steps=10).update_steps
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        topology = Topology(model, every=2, total_steps=20).bind(optimizer)
+        updates = [update for update in _train(model, topology, optimizer, 20) if update is not None]
+        assert all(len(change.dropped) == len(change.grown) for update in updates for change in update.layers)
+        assert sum(len(change.grown) for update in updates for change in update.layers) > 0
+        assert [layer.num_active for layer in (model[0], model[2])] == [12, 12]
