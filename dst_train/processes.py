@@ -13,12 +13,17 @@ from typing import Any
 
 # What starts many processes sets one of these; only deepspeed and torchrun also set RANK.
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# What a rank has to know.
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A rank waits in a collective for one that has failed, and does not heed SIGTERM there.
 EXIT_SECONDS = 10.0
 
 
 def strangers() -> str | None:
-    """Why this process is one of many that know nothing of each other, or None."""
+    """Why this process cannot find the others of which it is one, or None."""
+    missing = [name for name in PLACE if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        return f"RANK is set and {', '.join(missing)} not; start ranks with deepspeed or torchrun, or set {', '.join(PLACE)} for each"
     for name in COUNTS:
         if "RANK" not in os.environ and int(os.environ.get(name, 1)) > 1:
             return (

@@ -29,7 +29,7 @@ from dst_train.engine import reshard
 T = TypeVar("T")
 MANIFEST = "manifest.json"
 CLIENT_KEY = "dst_train"
-FORMAT = 3  # of what is saved beside DeepSpeed's own; another number after every change of it
+FORMAT = 4  # of what is saved beside DeepSpeed's own; another number after every change of it
 
 
 class CheckpointError(RuntimeError):
@@ -74,7 +74,7 @@ class Checkpoints:
         Returns what there is to say of it, on rank 0.
         """
         tag = f"step-{step:08d}"
-        if _broadcast(self._rank == 0 and _problem(self._root / tag) is None):
+        if broadcast(self._rank == 0 and _problem(self._root / tag) is None):
             return [f"checkpoint {tag} is already there"]
         staging = f"{tag}.partial"
         if self._rank == 0:
@@ -98,7 +98,10 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank, when there are checkpoints and none of them verifies, or when it is of another format.
         """
-        found, bad = _broadcast(search(self._root) if self._rank == 0 else None)
+        if self._rank == 0:
+            for left in self._root.glob("step-*.partial"):  # by a process that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
+        found, bad = broadcast(search(self._root) if self._rank == 0 else None)
         if found is None and bad:
             raise CheckpointError(f"no checkpoint under {self._root} can be used: {'; '.join(bad)}")
         if found is not None and found.format != FORMAT:
@@ -142,7 +145,8 @@ class Checkpoints:
         folder = self._root / staging
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
         listed = dict(zip(files, _in_threads(_seal, files.values()), strict=True))
-        _write(folder / MANIFEST, json.dumps({**facts, "files": listed}, indent=1))
+        manifest = {**facts, "files": listed}
+        _write(folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
         os.replace(folder, self._root / tag)
         _sync(self._root)
         _write(self._root / "latest", tag)
@@ -166,12 +170,28 @@ def search(root: Path) -> tuple[Found | None, list[str]]:
     for tag in reversed(_tags(root)):
         problem = _problem(root / tag)
         if problem is None:
-            facts = json.loads((root / tag / MANIFEST).read_text())
+            facts = _manifest(root / tag)
             # Before there was a number, it was 1.
             known = {key: facts[key] for key in ("step", "world_size", "job", "topology_digest")}
             return Found(tag, **known, format=facts.get("format", 1)), bad
         bad.append(f"{tag}: {problem}")
     return None, bad
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest says of the checkpoint.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not what was written.
+    """
+    facts: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    if facts.get("format") == FORMAT and facts.pop("sha256") != _digest(facts):
+        raise ValueError("its sha256 is not that of what it says")
+    return facts
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _tags(root: Path) -> list[str]:
@@ -189,16 +209,19 @@ def _problem(folder: Path) -> str | None:
     if not folder.is_dir():
         return "missing"
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = _manifest(folder)["files"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # any text may be left of it
         return f"unreadable manifest ({error})"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    digests = _in_threads(_sha256, [folder / name for name in files])
+    try:
+        for name, entry in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        digests = _in_threads(_sha256, [folder / name for name in files])
+    except OSError as error:
+        return f"unreadable ({error})"
     for (name, entry), digest in zip(files.items(), digests, strict=True):
         if digest != entry["sha256"]:
             return f"{name} does not have the sha256 of the manifest"
@@ -226,7 +249,7 @@ def _gather(value: Any) -> list[Any]:
     return gathered
 
 
-def _broadcast(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Rank 0's value on every rank: decisions that depend on the file system are taken once."""
     box = [value]
     dist.broadcast_object_list(box, src=0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from dst_train import job as jobs
-from dst_train.engine.checkpoint import CheckpointError, Checkpoints, Found
+from dst_train.engine.checkpoint import CheckpointError, Checkpoints, Found, broadcast
 from dst_train.engine.config import compile_config
 from dst_train.engine.resume import check_job, differences
 from dst_train.engine.session import Session, build_session, close_session, seed_random_numbers, start_distributed
@@ -39,12 +41,17 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
 
     Raises:
         dst_train.job.JobError: the batch does not divide, or a rule, model or file is wrong.
-        CheckpointError, JobChangedError: a checkpoint exists and cannot be continued.
+        CheckpointError, JobChangedError: a checkpoint exists and cannot be continued, or another process trains into its directory.
         NonFiniteError, DataError, TopologyMismatchError: see there.
     """
     rank, world_size = start_distributed()
     plan = BatchPlan.of(job, world_size)
     directory = RunDirectory(Path(job.run_root) / job.name)
+    with _alone(directory, rank):
+        return _run(job, plan, directory, rank, stop_at)
+
+
+def _run(job: Job, plan: BatchPlan, directory: RunDirectory, rank: int, stop_at: int | None) -> Outcome:
     checkpoints = Checkpoints(directory.checkpoints, keep=job.checkpoint.keep)
     found, notes = _resumable(job, checkpoints)
     monitor = Monitor(
@@ -74,6 +81,20 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
     finally:
         watchdog.close()
         monitor.close()
+
+
+@contextmanager
+def _alone(directory: RunDirectory, rank: int) -> Iterator[None]:
+    """No other training of the same name beside this one: each would take the other's checkpoints for its own, and remove them."""
+    lock = directory.lock() if rank == 0 else None
+    holder = broadcast(lock if isinstance(lock, str) else None)
+    if holder is not None:
+        raise CheckpointError(
+            f"{directory.path} is in use by {holder or 'another process'}, which trains a job of this name; stop that, or give this job "
+            "another name"
+        )
+    with lock if isinstance(lock, io.TextIOBase) else nullcontext():
+        yield
 
 
 def _resumable(job: Job, checkpoints: Checkpoints) -> tuple[Found | None, list[str]]:

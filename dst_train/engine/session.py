@@ -38,7 +38,11 @@ def start_distributed() -> tuple[int, int]:
         if "RANK" not in os.environ:  # python launch/train.py, without a launcher
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ.update(alone, MASTER_PORT=str(free_port()))
-        if get_accelerator().device_name() == "cpu":
+        if get_accelerator().device_name() != "cpu":
+            # DeepSpeed selects it when it gets the model: collectives before that, such as whether there is a checkpoint, would
+            # all be on the first GPU, which NCCL refuses.
+            get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        else:
             # Used by inference only, and would be compiled for most of a minute inside init_distributed.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)

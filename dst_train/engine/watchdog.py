@@ -13,19 +13,20 @@ class Watchdog:
     """Ends the process, after the stacks of its threads, when what was begun takes longer than `minutes`.
 
     Each rank has one. A rank that hangs stops the others in their next collective, so that all of them end, the stack of each
-    tells which of both it is, and the launcher is free to start anew. Time in which nothing was begun does not count.
+    tells which of both it is, and the launcher is free to start anew. Time in which nothing was begun does not count, nor does time in
+    which the whole process was suspended.
     """
 
     def __init__(self, rank: int, minutes: float) -> None:
         self._rank = rank
         self._minutes = minutes
-        self._begun: tuple[str, float] | None = None
+        self._begun: list[str] | None = None
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def begin(self, what: str) -> None:
         """From now on it is `what` that must end in time; what was begun before has ended."""
-        self._begun = (what, time.monotonic())
+        self._begun = [what]
 
     def rest(self) -> None:
         """What was begun has ended."""
@@ -36,9 +37,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         limit = 60.0 * self._minutes
-        while not self._closed.wait(min(1.0, limit / 4)):
-            begun = self._begun
-            if begun is not None and time.monotonic() - begun[1] > limit:
+        interval = min(1.0, limit / 4)
+        begun, taken, looked = self._begun, 0.0, time.monotonic()
+        while not self._closed.wait(interval):
+            passed, looked = time.monotonic() - looked, time.monotonic()
+            if self._begun is not begun:
+                begun, taken = self._begun, 0.0
+            else:
+                taken += min(passed, 2 * interval)  # more, and this thread did not run either
+            if begun is not None and taken > limit:
                 text = (
                     f"rank {self._rank} on {socket.gethostname()}: {begun[0]} has not ended after {self._minutes:g} minutes "
                     "(monitor.hang_minutes); the stacks of its threads:\n"

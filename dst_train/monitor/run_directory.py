@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import platform
 from pathlib import Path
+from typing import TextIO
 
 from dst_train.monitor.environment import environment
 from dst_train.topology import TopologyUpdate
@@ -27,7 +30,7 @@ TOLD = (
 
 
 class RunDirectory:
-    """`path` holds job.yaml, ds_config.json, env.json, tensorboard/, checkpoints/, topology.jsonl and log.txt."""
+    """`path` holds job.yaml, ds_config.json, env.json, tensorboard/, checkpoints/, topology.jsonl, log.txt and lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,6 +39,20 @@ class RunDirectory:
         self.log = path / "log.txt"
         self.topology = path / "topology.jsonl"
         path.mkdir(parents=True, exist_ok=True)
+
+    def lock(self) -> TextIO | str:
+        """A file that keeps other trainings out of the directory until it is closed, or this process ends; or who has it."""
+        file = (self.path / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            with file:
+                return file.read().strip()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        return file
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -20,7 +21,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dst_train.data import write_sequences
-from dst_train.engine import load_model
+from dst_train.engine import checkpoint, load_model
+from dst_train.monitor import RunDirectory
 from tests.e2e.conftest import count_right
 
 ROOT = Path(__file__).parents[2]
@@ -238,6 +240,19 @@ def _scalars(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events.Scalars(tag)]
 
 
+def test_two_trainings_of_one_name_do_not_meet(write_job: Any, run_job: Any, tmp_path: Path) -> None:
+    lock = RunDirectory(tmp_path / "runs/small").lock()
+    assert not isinstance(lock, str)
+    with lock:
+        result = run_job(write_job())
+    assert result.returncode == 2
+    assert (
+        f"{tmp_path / 'runs/small'} is in use by process {os.getpid()} on {platform.node()}, which trains a job of this name; stop that"
+        in result.stderr
+    )
+    assert {path.name for path in (tmp_path / "runs/small").iterdir()} == {"lock"}
+
+
 def test_damaged_checkpoints_are_passed_over(write_job: Any, run_job: Any, tmp_path: Path) -> None:
     job = write_job(checkpoint__every_steps=5, checkpoint__keep=2)
     assert run_job(job, "--stop-at", "15").returncode == 0
@@ -278,7 +293,9 @@ def test_what_a_checkpoint_means_cannot_be_changed(write_job: Any, run_job: Any,
     assert allowed.returncode == 0
     assert "resuming with monitor.every_steps: 1 -> 2" in allowed.stdout
     manifest = tmp_path / "runs/small/checkpoints/step-00000003/manifest.json"
-    manifest.write_text(re.sub('"topology_digest": "...', '"topology_digest": "000', manifest.read_text()))
+    facts = {**json.loads(manifest.read_text()), "topology_digest": 64 * "0"}
+    del facts["sha256"]
+    manifest.write_text(json.dumps({**facts, "sha256": checkpoint._digest(facts)}))
     another = run_job(write_job(), "--stop-at", "4")
     assert another.returncode == 2
     assert (

@@ -167,7 +167,14 @@ def test_a_quicker_rank_does_not_end_the_job_before_another_has_said_why(
             "SLURM_STEP_NUM_TASKS is 2 and RANK is not set: each process would train alone",
         ),
         # The first rank of another node, where a file or a variable may be missing.
-        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, "rank 2 on "),
+        (
+            {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "rank 2 on ",
+        ),
+        (
+            {"RANK": "2", "WORLD_SIZE": "4"},
+            "RANK is set and LOCAL_RANK, MASTER_ADDR, MASTER_PORT not; start ranks with",
+        ),
     ],
 )
 def test_what_is_wrong_with_one_node_is_said_there(write_job: Any, environment: dict[str, str], message: str) -> None:

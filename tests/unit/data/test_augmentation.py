@@ -1,6 +1,10 @@
 """Random transforms, and worker processes. The samples are eight 48 x 64 colour JPEGs in two shards."""
 
 import multiprocessing
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from PIL import Image
 from dst_train.data import DataError, train_loader, write_shards
 from dst_train.data.store import SampleStore
 from dst_train.data.transforms import transform
+from dst_train.data.workers import STOPS
 from dst_train.job import BatchPlan
 
 
@@ -75,6 +80,31 @@ def test_workers_change_nothing_and_ignore_signals(colour_job):
     ]
     assert equal(together, alone)
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_workers_that_have_yet_to_start_do_not_die_of_signals_either(colour_job):
+    job = colour_job(num_workers=2)
+    received = []
+
+    def ask():
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.01)
+        for worker in multiprocessing.active_children():
+            for number in STOPS:
+                os.kill(worker.pid, number)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    previous = signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
+    try:
+        asks = threading.Thread(target=ask)
+        asks.start()
+        together = list(train_loader(job, BatchPlan.of(job, 1), rank=0))
+        asks.join()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert len(together) == BatchPlan.of(job, 1).total_steps * BatchPlan.of(job, 1).accumulation
+    assert received == [1]  # who trains is asked all the same
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
 def test_an_error_in_a_worker_reads_as_without_workers(colour_job, tmp_path):

@@ -204,3 +204,52 @@ def test_a_job_of_another_version_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("dst_train.engine.load.search", lambda root: (found, []))
     with pytest.raises(CheckpointError, match=r"(?s)step-00000007 has a job of another version of dst-train: .*nmae"):
         load_model(tmp_path)
+
+
+def test_what_a_checkpoint_says_of_itself_is_verified_too(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        _save(checkpoints, step)
+    manifest = tmp_path / "step-00000002/manifest.json"
+    whole = manifest.read_text()
+    for text in (
+        whole.replace('"step": 2', '"step": 3'),
+        whole.replace('"step"', '"stop"'),
+        "[]",
+        "3",
+        '{"format": 4}',
+    ):
+        assert text != whole
+        manifest.write_text(text)
+        found, notes = checkpoints.newest()
+        assert found is not None
+        assert (found.step, len(notes)) == (1, 1)
+        assert "step-00000002: unreadable manifest" in notes[0]
+
+
+def test_one_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        _save(checkpoints, step)
+
+    def read(path: Path) -> str:
+        if "step-00000002" in str(path):
+            raise PermissionError("not yours")
+        return sha256(path)
+
+    sha256 = checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", read)
+    found, notes = checkpoints.newest()
+    assert found is not None
+    assert found.step == 1
+    assert notes == ["checkpoint step-00000002: unreadable (not yours); taking the one before"]
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    _save(checkpoints, 1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000002.partial")
+    found, notes = checkpoints.newest()
+    assert found is not None
+    assert (found.step, notes) == (1, [])
+    assert not list(tmp_path.glob("*.partial"))

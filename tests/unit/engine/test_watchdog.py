@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.unit.ops.process import python
 
 HANGS = """
-import sys, time
+import os, signal, subprocess, time
 from dst_train.engine.watchdog import Watchdog
 
 def never_ends():
@@ -15,6 +15,9 @@ watchdog = Watchdog(3, minutes=1 / 60)
 for step in range(8):
     watchdog.begin(f"step {step}")
     time.sleep(0.25)
+watchdog.begin("what is suspended")
+subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
+os.kill(os.getpid(), signal.SIGSTOP)
 watchdog.rest()
 time.sleep(1.5)
 closed = Watchdog(4, minutes=1 / 60)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from dataclasses import replace
 
 import pytest
@@ -26,6 +28,15 @@ def test_a_file_is_written_whole_or_not_at_all(run):
     run.write_text("job.yaml", "new")
     assert [path.name for path in run.path.iterdir()] == ["job.yaml"]
     assert (run.path / "job.yaml").read_text() == "new"
+
+
+def test_one_training_at_a_time(run):
+    lock = run.lock()
+    assert run.lock() == f"process {os.getpid()} on {platform.node()}"
+    lock.close()
+    again = run.lock()
+    assert (run.path / "lock").read_text() == f"process {os.getpid()} on {platform.node()}\n"
+    again.close()
 
 
 def test_topology_has_a_line_for_each_update_and_layer(run, make_update):

@@ -1,0 +1,26 @@
+"""What a rank does before there is a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from dst_train.engine import session
+
+
+def test_a_rank_selects_its_gpu_before_any_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch sends objects by way of the current GPU, and NCCL refuses any but the one that the rank joined with."""
+    done: list[str] = []
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    accelerator = SimpleNamespace(
+        device_name=lambda: "cuda", set_device=lambda index: done.append(f"set_device({index})")
+    )
+    monkeypatch.setattr(session, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(session.deepspeed, "init_distributed", lambda **_: done.append("init_distributed"))
+    monkeypatch.setattr(session.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(session.dist, "get_world_size", lambda: 8)
+    assert session.start_distributed() == (5, 8)
+    assert done == ["set_device(1)", "init_distributed"]
