@@ -65,6 +65,8 @@ def save(model: nn.Module, about: About, target: Path, *, dense: bool) -> str:
             layer.settle()
         safetensors.torch.save_model(model, str(partial), {"format": "pt", KEY: about.model_dump_json()})
         reader = f"dst_train.load_exported({str(target)!r})"
+    for path in [partial] if partial.is_file() else partial.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors makes files that only the owner reads
     partial.rename(target)
     size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
     weights = "dense" if dense else "sparse"
@@ -93,6 +95,8 @@ def load_exported(path: str | Path) -> nn.Module:
 
 def _read(path: str | Path) -> tuple[About, dict[str, int]]:
     """What the file says of itself, and the number of units of each diagonal layer."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; dense weights of a transformers model are read by its from_pretrained")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,10 @@ from dst_train import data, models
 from dst_train.engine import compile_config, sparsify_by, topology_of
 from dst_train.job import BatchPlan, Job, JobError, Key, dump
 from dst_train.sparse import DiagonalLinear, SparsityReport
+from dst_train.topology import Topology
+
+# What a topology keeps of each unit: the step since which it has been there, and whether it ever was.
+HISTORY_BYTES = 9
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,13 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     """Everything that must hold before the job starts on `world_size` ranks.
 
     Raises:
-        JobError: the batch does not divide, shards are missing or miscounted, the model or one of its arguments is
+        JobError: the batch does not divide, runs cannot be written, shards are missing or miscounted, the model or one of its arguments is
             unknown, it does not take the samples or cannot be trained on several ranks, a glob matches no layer, or a band
             does not divide.
     """
     batch = BatchPlan.of(job, world_size)
     if check_data:
+        _check_run_root(job)
         _check_data(job)
     model = models.build(job.model, seed=job.seed)
     if world_size > 1:
@@ -83,9 +90,17 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
         topology = topology_of(job, batch, model)
     except ValueError as error:
         raise JobError(f"topology: {error}", ("topology",)) from error
-    memory, checkpoint = _memory(job, report.parameters, world_size, topology.held_bytes)
+    memory, checkpoint = _memory(job, report.parameters, world_size, topology, model)
     flops = (_flops(model, sample, sparse=[layer.name for layer in report.layers]), dense_flops)
     return Plan(job, batch, report, str(topology), flops, memory, checkpoint, compile_config(job, batch))
+
+
+def _check_run_root(job: Job) -> None:
+    root = Path(job.run_root).absolute()
+    there = next(path for path in (root, *root.parents) if os.path.exists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = "cannot be written" if there.is_dir() else "is no folder"
+        raise JobError(f"run_root {job.run_root}: {there} {what}; choose another place for the runs", ("run_root",))
 
 
 def _check_data(job: Job) -> None:
@@ -143,7 +158,7 @@ def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train", sp
             raise
         raise _not_called(reads) from error
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # models check their inputs in many ways
-        sort = f"{sample.dtype} up to {sample.max():g}"
+        sort = f"{sample.dtype}" if sample.is_floating_point() else f"{sample.dtype} up to {sample.max():g}"
         raise JobError(
             f"model: it does not take a sample of {split}, of shape {tuple(sample.shape[1:])} ({sort}): {error}",
             ("model",),
@@ -166,7 +181,9 @@ def _not_called(name: str) -> JobError:
     )
 
 
-def _memory(job: Job, parameters: int, world_size: int, held: int) -> tuple[dict[str, int], int]:
+def _memory(
+    job: Job, parameters: int, world_size: int, topology: Topology, model: nn.Module
+) -> tuple[dict[str, int], int]:
     """ZeRO's arithmetic (Rajbhandari et al. 2020, arXiv 1910.02054, section 5), with fp32 masters and moments."""
     stage = job.deepspeed.zero_optimization.stage
     low = 2 if job.train.precision == "bf16_params" else 4
@@ -181,11 +198,20 @@ def _memory(job: Job, parameters: int, world_size: int, held: int) -> tuple[dict
         "gradients": low * parameters // share(2),
         "masters": masters * parameters // share(1),
         "optimiser": states * parameters // share(1),
+        "buffers": sum(_size(buffer) for buffer in model.buffers()),
     }
-    if held:
-        memory["growth signal"] = held  # in update steps
+    if topology.held_bytes:
+        memory["growth signal"] = topology.held_bytes  # in update steps
     memory["total"] = sum(memory.values())
-    return memory, (low + masters + states) * parameters
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved = sum(_size(value) for name, value in model.state_dict().items() if name not in learned)
+    saved += sum(layer.num_units * HISTORY_BYTES for layer in topology.layers.values())
+    saved += ((low if stage < 3 else 0) + masters + states) * parameters  # at stage 3 the masters are all there is
+    return memory, saved
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _indent(text: str) -> list[str]:

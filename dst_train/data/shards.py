@@ -40,7 +40,11 @@ def _local_shard(url: str, cache_dir: str | None) -> Path:
     path = Path(url2pathname(parsed.path)) if parsed.scheme else Path(url)
     if not path.is_file():
         start = "" if path.is_absolute() else f" (relative paths start at the working directory: {path.absolute()})"
-        program = MADE_BY.get(str(path.parent))
+        if path.is_dir():
+            raise DataError(f"shard {path} is a folder; name the files in it: {path}/train-{{000000..000003}}.tar")
+        if any(c in path.name for c in "*?["):
+            raise DataError(f"shard {path} does not exist; there are no globs here, write a range: {{000000..000003}}")
+        program = MADE_BY.get(str(path.parent)) if not path.parent.exists() else None
         hint = f", or run {program}, which writes it" if program else ""
         raise DataError(f"shard {path} does not exist{start}; check data.*.shards{hint}")
     return path
@@ -50,7 +54,10 @@ def _cached(url: str, cache_dir: str | None) -> Path:
     if cache_dir is None:
         raise DataError(f"shard {url} is remote: set data.cache_dir to a folder that can hold all shards")
     folder = Path(cache_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"data.cache_dir {cache_dir}: cannot be made: {error}") from error
     # webdataset names cached files by the last part of the url, so that train/000.tar and val/000.tar would collide
     name = Path(urlparse(url).path).name or "shard.tar"
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"

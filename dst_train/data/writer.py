@@ -37,6 +37,9 @@ def write_shards(
         raise ValueError(f"arrays are {arrays.dtype} {list(arrays.shape)}, must be uint8 [n, h, w] or [n, h, w, 3]")
     if len(labels) != len(arrays):
         raise ValueError(f"{len(labels)} labels for {len(arrays)} arrays")
+    classes = np.asarray(labels)
+    if len(classes) and (classes.ndim != 1 or not np.issubdtype(classes.dtype, np.integer) or classes.min() < 0):
+        raise ValueError(f"labels are {classes.dtype} {list(classes.shape)}, must be n whole numbers, 0 or more")
     if image_format not in ENCODINGS:
         raise ValueError(f"image_format is {image_format!r}, must be one of {sorted(ENCODINGS)}")
     extension, options = ENCODINGS[image_format]
@@ -44,7 +47,7 @@ def write_shards(
     def encoded(index: int) -> dict[str, bytes]:
         image = io.BytesIO()
         Image.fromarray(arrays[index]).save(image, format=image_format, **options)
-        return {extension: image.getvalue(), "cls": b"%d" % int(labels[index])}
+        return {extension: image.getvalue(), "cls": b"%d" % int(classes[index])}
 
     return _write(Path(folder), prefix, len(arrays), per_shard, encoded)
 

@@ -72,6 +72,8 @@ def _run(job: Job, plan: BatchPlan, directory: RunDirectory, rank: int, stop_at:
         # Only noted: collectives in a handler deadlock, as launchers signal one rank at a time.
         with signals() as received:
             session = build_session(job, plan)
+            if session.report.missed is not None:
+                monitor.message(session.report.missed)
             if session.topology.layers and not session.topology.update_steps:
                 monitor.message(f"topology {session.topology}")
             trainer = _trainer(job, plan, session, monitor, watchdog, checkpoints, found, lambda: bool(received))

@@ -38,6 +38,11 @@ class BatchPlan:
                 f"micro_batch_size x ranks = {micro * world_size} if train.micro_batch_size is to stay {micro}",
                 ("train", "batch_size"),
             )
+        if batch > job.data.train.samples:
+            raise JobError(
+                f"train.batch_size {batch} is larger than data.train.samples {job.data.train.samples}",
+                ("train", "batch_size"),
+            )
         share = batch // world_size
         if share % micro:
             fitting = [str(m) for m in range(1, share + 1) if share % m == 0]
@@ -46,20 +51,15 @@ class BatchPlan:
                 f"of train.batch_size {batch}; these do: {', '.join(fitting)}",
                 ("train", "micro_batch_size"),
             )
-        if batch > job.data.train.samples:
-            raise JobError(
-                f"train.batch_size {batch} is larger than data.train.samples {job.data.train.samples}",
-                ("train", "batch_size"),
-            )
         per_epoch = job.data.train.samples // batch
         total = job.train.steps if job.train.steps is not None else (job.train.epochs or 0) * per_epoch
-        warmup = round(job.schedule.warmup_epochs * per_epoch)
-        if warmup >= total:
+        warmup = job.schedule.warmup_epochs * per_epoch
+        if not round(min(warmup, total)) < total:
             raise JobError(
-                f"schedule.warmup_epochs {job.schedule.warmup_epochs} is {warmup} steps, and the training has only {total}",
+                f"schedule.warmup_epochs {job.schedule.warmup_epochs} is {warmup:.0f} steps, and the training has only {total}",
                 ("schedule", "warmup_epochs"),
             )
-        return cls(batch, micro, share // micro, world_size, per_epoch, total, warmup)
+        return cls(batch, micro, share // micro, world_size, per_epoch, total, round(warmup))
 
     def __str__(self) -> str:
         return (

@@ -62,6 +62,8 @@ def expand_variables(source: Source, keys: Sequence[Key]) -> list[str]:
             continue
         text = parent[key[-1]]
         for name in sorted(set(_VARIABLE.findall(text)) - set(os.environ)):
-            problems.append(f"{source.place(key)} {dotted(key)}: the environment variable {name} is not set")
+            problems.append(
+                f"{source.place(key)} {dotted(key)}: the environment variable {name} is not set (for `dst-train plan --no-data` any value will do)"
+            )
         parent[key[-1]] = _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), text)
     return problems

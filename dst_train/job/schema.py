@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # as torch takes it
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -196,8 +197,8 @@ class Data(Strict):
 
 
 class Train(Strict):
-    epochs: Positive | None = None
-    steps: Positive | None = None
+    epochs: Length | None = None
+    steps: Length | None = None
     """Optimiser steps; give either `epochs` or `steps`."""
     batch_size: Positive
     """Global: samples per optimiser step over all ranks."""
@@ -290,6 +291,10 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _what_does_not_go_together(self) -> Job:
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"schedule.min_lr {self.schedule.min_lr:g} is above optimizer.lr {self.optimizer.lr:g}, from which the rate decays to it"
+            )
         if self.topology.method == "dynadiag" and self.optimizer.name != "adamw":
             raise ValueError(
                 f"topology.method dynadiag with optimizer.name {self.optimizer.name}: the gradients of alpha have no scale "

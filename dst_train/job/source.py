@@ -77,7 +77,9 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> Source:
     if not isinstance(parent, str):
         raise JobError(f"{place} extends: {parent!r} is not the path of one YAML file")
     if not (path.parent / parent).is_file():
-        raise JobError(f"{place} extends: {path.parent / parent} does not exist")
+        raise JobError(
+            f"{place} extends: {path.parent / parent} {'is no file' if (path.parent / parent).exists() else 'does not exist'}"
+        )
     base = _read_chain(path.parent / parent, (*children, path.resolve()))
     _merge(base.data, source.data, base.places, source.places, ())
     base.places[()] = source.places[()]
@@ -99,12 +101,24 @@ def read_file(path: Path) -> Source:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise JobError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise JobError(f"{where}: not valid YAML: {_problem(error)}") from error
+    except RecursionError as error:
+        raise JobError(f"{path}: is nested too deeply") from error
     if not isinstance(node, yaml.MappingNode):
         raise JobError(f"{path}:1: a job or a study is a mapping of keys to values")
     places: dict[Key, str] = {(): f"{path}:1"}
     data = _build(node, (), places, lambda node: f"{path}:{node.start_mark.line + 1}")
     return Source(data, places)
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What PyYAML says, and for the two commonest slips what to do."""
+    problem = getattr(error, "problem", None) or str(error)
+    if "scanning an alias" in (getattr(error, "context", None) or ""):
+        return f'{problem}; a value that begins with * must be in quotes: match: "*.fc"'
+    if "'\\t'" in problem:
+        return f"{problem}; indent with spaces"
+    return problem
 
 
 def _build(
@@ -130,6 +144,8 @@ def _build(
             place = where(name)
             if not isinstance(name, yaml.ScalarNode) or name.tag != f"{_TAG}str":
                 parent = f" {dotted(key)}" if key else ""
+                if getattr(name, "value", None) == "<<":
+                    raise JobError(f"{place}{parent}: merge keys are not read; write the keys out, or use `extends`")
                 raise JobError(
                     f"{place}{parent}: the key {getattr(name, 'value', name)!r} is not text; put it in quotes"
                 )
@@ -178,7 +194,9 @@ def _override(source: Source, text: str) -> None:
     try:
         node = _Loader(value).get_single_node()
     except yaml.YAMLError as error:
-        raise JobError(f"--set {text}: the value is not valid YAML: {error}") from error
+        raise JobError(f"--set {text}: the value is not valid YAML: {_problem(error)}") from error
+    except RecursionError as error:
+        raise JobError(f"--set {text}: the value is nested too deeply") from error
     parent: Any = source.data
     key: Key = ()
     for i, name in enumerate(names):

@@ -47,6 +47,19 @@ class SparsityReport:
         total = sum(r.in_features * r.out_features for r in self.layers)
         return present / total if total else 1.0
 
+    @property
+    def missed(self) -> str | None:
+        """What to say of layers that have more than twice the weights that they were to have, as one unit of a group always stays."""
+        layers = [r for r in self.layers if r.num_active / r.num_units > 2.0 * (1.0 - r.target_sparsity) + 1e-9]
+        told = ", ".join(
+            f"{r.name} ({r.num_active / r.num_units:.4g} instead of {1.0 - r.target_sparsity:.4g})" for r in layers
+        )
+        return (
+            f"too few units for the sparsity that the rules ask for (a smaller band or size has more): {told}"
+            if told
+            else None
+        )
+
     def __str__(self) -> str:
         width = max([len("layer"), *(len(r.name) for r in self.layers)])
         lines = [
@@ -58,6 +71,8 @@ class SparsityReport:
             lines.append(
                 f"{r.name:<{width}}  {shape:>13}  {pattern:>15}  {units:>11}  {r.density:>7.4f}  {r.parameters:>10,}"
             )
+        if self.missed is not None:
+            lines.append(self.missed)
         lines.append(
             f"model: {self.parameters:,} parameters, {self.dense_parameters:,} when dense; "
             f"density of the sparse layers {self.density:.4f}"

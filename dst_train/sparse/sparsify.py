@@ -105,6 +105,10 @@ def sparsify(
             is frozen, a layer with hooks, sparsity outside [0, 1), explore below 1, an unknown gate, a rank above a layer's size, a gate or rank for a layer
             that is not diagonal, or `sdgp` under another budget than `uniform`.
     """
+    if isinstance(rules, str | Mapping) or not all(isinstance(r, Mapping) or hasattr(r, "match") for r in rules):
+        raise ValueError(
+            f"rules={rules!r}: expected a list of rules, such as [{{'match': '*.mlp.*', 'sparsity': 0.9}}]"
+        )
     parsed = [_parse(rule) for rule in rules]
     dense = _replaceable(model)
     if "" in dense:
@@ -154,6 +158,9 @@ def _parse(rule: Any) -> SparsityRule:
         raise ValueError(f"rule {rule.match!r}: permute {rule.permute!r} is unknown; choose one of none, learned")
     if rule.permute != "none" and rule.pattern != "diagonal":
         raise ValueError(f"rule {rule.match!r}: permute belongs to diagonal, not to {rule.pattern}")
+    for key, kinds in (("sparsity", float | int | None), ("band", int), ("size", int)):
+        if not isinstance(getattr(rule, key), kinds):
+            raise ValueError(f"rule {rule.match!r}: {key} {getattr(rule, key)!r} is not a number as it should be")
     if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:
         raise ValueError(f"rule {rule.match!r}: sparsity {rule.sparsity} must be in [0, 1), or null to stay dense")
     return rule

@@ -38,7 +38,11 @@ def run_study(
     if importlib.util.find_spec("matplotlib") is None:
         raise JobError("a study draws a plot with matplotlib, which is not installed: pip install 'dst-train[study]'")
     grid = build(path)
-    grid.folder.mkdir(parents=True, exist_ok=True)
+    for folder in (grid.folder, *([] if out is None else [out])):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise JobError(f"{folder}: cannot be made: {error}") from error
     report.write(grid, results.read_all(grid.runs))
     code = 0
     if not only_table:
@@ -48,17 +52,16 @@ def run_study(
             grid, results.read_all(grid.runs)
         )  # runs that ended while the study was being stopped are in it, too
     print(f"{(grid.folder / 'table.md').read_text(encoding='utf-8')}\noutputs: {grid.folder}")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        if not out.samefile(grid.folder):
-            for name in report.FILES:
-                shutil.copyfile(grid.folder / name, out / name)
+    if out is not None and not out.samefile(grid.folder):
+        for name in report.FILES:
+            shutil.copyfile(grid.folder / name, out / name)
     return code
 
 
 def _run(grid: Grid, lock: int, command: Sequence[str]) -> int:
     found = results.read_all(grid.runs)
     pending = [run for run in grid.runs if run.name not in found]
+    results.check_unfinished(pending)
     failed: dict[str, str] = {}
     interrupted = False
     try:

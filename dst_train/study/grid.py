@@ -40,6 +40,12 @@ class Run:
     def directory(self) -> Path:
         return Path(self.job.run_root) / self.job.name
 
+    @property
+    def directories(self) -> list[Path]:
+        """Where its result may be: its own, and those of its other points, the first of which it had in a study with other axes."""
+        names = [f"{'-'.join(point)}-seed{self.job.seed}" for point in self.points]
+        return [Path(self.job.run_root) / name for name in dict.fromkeys([self.name, *names])]
+
     def locate(self, error: JobError) -> JobError:
         """The error with the line, of the job's file or the study's, of the key that it is about."""
         return _in_study(locate(error, self.base, [text for _, text in self.overrides]), self.overrides)

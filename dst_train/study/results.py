@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,13 +57,34 @@ def read_all(runs: Iterable[Run]) -> dict[str, Result]:
     found: dict[str, Result] = {}
     changed = []
     for run in runs:
-        path = run.directory / FILE
-        if path.is_file():
-            found[run.name] = _read(path)
-            changed += _changes(run, found[run.name])
+        path = next((folder / FILE for folder in run.directories if (folder / FILE).is_file()), None)
+        if path is not None:
+            result = found[run.name] = _read(path)
+            if (result.job_digest, result.ranks) != (fingerprint(run.job), run.ranks):
+                job = path.parent / "job.yaml"
+                saved = yaml.safe_load(job.read_text(encoding="utf-8")) if job.is_file() else None
+                changed.append(f"{path.parent}: is the result of {_another(run, saved, result.ranks)}")
     if changed:
         raise JobError("\n".join(changed))
     return found
+
+
+def check_unfinished(runs: Iterable[Run]) -> None:
+    """Runs that are not finished go on from their checkpoints, some of which a study has changed since.
+
+    Raises:
+        JobError: a checkpoint of another job than that of the study: the run would be half of one and half of the other.
+    """
+    changed = []
+    for run in runs:
+        latest = run.directory / "checkpoints" / "latest"
+        if latest.is_file():
+            manifest = json.loads((latest.parent / latest.read_text(encoding="utf-8") / "manifest.json").read_text())
+            saved, ranks = manifest["job"], manifest["world_size"]
+            if ranks != run.ranks or _changes(run, saved):
+                changed.append(f"{run.directory}: has a checkpoint of {_another(run, saved, ranks)}")
+    if changed:
+        raise JobError("\n".join(changed))
 
 
 def _read(path: Path) -> Result:
@@ -72,17 +94,18 @@ def _read(path: Path) -> Result:
         raise JobError(f"{path}: is no result of a run: {error}; remove the folder to run it again") from error
 
 
-def _changes(run: Run, result: Result) -> list[str]:
-    if (result.job_digest, result.ranks) == (fingerprint(run.job), run.ranks):
-        return []
-    what = [] if result.ranks == run.ranks else [f"ranks: {result.ranks} -> {run.ranks}"]
-    job = run.directory / "job.yaml"
-    if job.is_file():
-        saved = yaml.safe_load(job.read_text(encoding="utf-8"))
-        for key, old, new in differences(saved, run.job.model_dump(mode="json")):
-            if key not in OWN_KEYS[:2]:
-                what.append(f"{key}: {old!r} -> {new!r}")
+def _another(run: Run, saved: dict[str, Any] | None, ranks: int) -> str:
+    what = [] if ranks == run.ranks else [f"ranks: {ranks} -> {run.ranks}"]
+    what += [] if saved is None else _changes(run, saved)
+    return (
+        f"another job than the study's ({'; '.join(what) or 'job.yaml is gone'}); remove the folder to run it again, change the study "
+        "back, or give it another name"
+    )
+
+
+def _changes(run: Run, saved: dict[str, Any]) -> list[str]:
     return [
-        f"{run.directory}: is the result of another job than the study's ({'; '.join(what) or 'job.yaml is gone'}); remove "
-        "the folder to run it again, change the study back, or give it another name"
+        f"{key}: {old!r} -> {new!r}"
+        for key, old, new in differences(saved, run.job.model_dump(mode="json"))
+        if key not in OWN_KEYS[:2]
     ]

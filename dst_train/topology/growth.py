@@ -69,7 +69,8 @@ class GrowthSignal:
             if self._seen.get(name, 0) != self._accumulation:
                 raise RuntimeError(
                     f"layer {name} received a gradient in {self._seen.get(name, 0)} of {self._accumulation} micro-batches "
-                    "of an update step; every sparse layer must take part in the loss (keep unused or frozen layers dense)"
+                    "of an update step; every sparse layer must take part in the loss (keep unused or frozen layers dense), in as "
+                    "many backward passes as accumulation says"
                 )
         # The reduced scores are equal on all ranks up to the order of atomic adds on a GPU; the share makes them equal.
         share = self._ranks.world_size if self._exact else 1

@@ -52,6 +52,8 @@ class Topology:
         self.steps = 0
         self.updates = 0
         self._due = False
+        self._counts = False  # a DeepSpeed engine tells of each step, whether it was applied
+        self._optimizer_steps = 0
         self._editor: ParameterEditor | None = None
         self._ranks: Ranks
         self._signal: GrowthSignal
@@ -104,6 +106,9 @@ class Topology:
             self.layers, self._ranks, accumulation=s.accumulation, exact=s.grow_signal == "exact"
         )
         self._editor = editor_for(target, self._ranks.world_size)
+        if isinstance(target, torch.optim.Optimizer):
+            self._counts = True
+            target.register_step_post_hook(self._count_step)
         for name, layer in self.layers.items():
             for key, parameter in (("weight", layer.stored), ("alpha", layer.alpha)):
                 if parameter is not None:
@@ -130,10 +135,12 @@ class Topology:
             applied: False when the optimiser skipped the step (overflow): a due update waits for the next step.
 
         Raises:
-            RuntimeError: before `bind`, a score that is not finite, or see `GrowthSignal`.
+            RuntimeError: before `bind`, not once after each step of a torch optimiser, a score that is not finite, or see
+                `GrowthSignal`.
             TopologyMismatchError: the ranks' offsets differ before or after the update.
         """
         self._require_bound("step")
+        self._check_order(applied)
         self.steps += 1
         with HOST:
             update = self._update() if self._due and applied else None
@@ -168,6 +175,18 @@ class Topology:
     def _require_bound(self, method: str) -> None:
         if self._editor is None:
             raise RuntimeError(f"Topology.{method}() before bind(): bind it to the optimiser or the engine first")
+
+    def _count_step(self, *_: object) -> None:
+        self._optimizer_steps += 1
+
+    def _check_order(self, applied: bool) -> None:
+        """Between the backward pass and the optimiser's step the gradients are those of units that an update would drop."""
+        made, self._optimizer_steps = self._optimizer_steps, 0
+        if self._counts and made != 1 and (applied or made > 1):
+            raise RuntimeError(
+                f"Topology.step() after {made} steps of the optimiser since the last one: call it once after each optimizer.step(), and "
+                "step(False) where that was skipped"
+            )
 
     def _require_equal(self, moment: str) -> None:
         self._ranks.require_equal({**self._held(), **self._orders()}, moment)

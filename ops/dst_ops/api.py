@@ -51,6 +51,9 @@ def diagonal_linear(
             on the CPU; a traced program relies on the kernel's own bounds check (RuntimeError).
         NotImplementedError: for forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad).
     """
+    if not (isinstance(x, Tensor) and isinstance(values, Tensor) and isinstance(offsets, Tensor)):
+        for name, given in (("x", x), ("values", values), ("offsets", offsets)):
+            _check(isinstance(given, Tensor), name, "type", type(given).__name__, "a torch.Tensor")
     # Here and not as an autocast kernel of the op: torch.library.register_autocast casts to one dtype named when it is
     # registered, whatever dtype the autocast region asks for. Like torch's own, this leaves float64 alone.
     device = x.device.type

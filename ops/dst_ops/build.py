@@ -151,14 +151,19 @@ def build(device: str = "cpu") -> Path:
     library = library_path(device)
     if library.is_file():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with (library.parent / "lock").open("w") as lock:
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        lock_file = (library.parent / "lock").open("w")
+    except OSError as error:
+        raise OSError(f"{error}; set DST_OPS_CACHE to a folder that can be written") from error
+    with lock_file as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():  # another process may have built it while this one waited
             duration = _libraries[device].duration
             print(f"dst_ops: building {library} ({duration}, once)", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 _run_ninja(Path(folder), device)
+                _sync(Path(folder) / "library.so")  # a power cut must not leave a name without what belongs to it
                 os.replace(Path(folder) / "library.so", library)
     return library
 
@@ -170,7 +175,10 @@ def _load(device: str) -> None:
         raise ValueError(f"DST_OPS_ISA is {isa!r}, expected portable, avx2, avx512 or avx512_48k")
     try:
         path = build(device)
-        torch.ops.load_library(str(path))
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            raise OSError(f"{error}; remove {path} to build it anew") from error
         library.loaded = path
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stdout", None) or ""
@@ -184,6 +192,11 @@ def _load(device: str) -> None:
             f"{library.fix}, or set DST_OPS_REQUIRE_FUSED=1 to make this an error. {reason}",
             stacklevel=3,
         )
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _recipe(device: str) -> _Recipe:
@@ -286,10 +299,11 @@ def _ninja() -> str:
 
 def cache() -> Path:
     """The folder of built libraries and tables of times. Raises OSError if no variable names it and there is no home."""
-    if "DST_OPS_CACHE" in os.environ:
-        return Path(os.environ["DST_OPS_CACHE"])
-    if "TORCH_EXTENSIONS_DIR" in os.environ:
-        return Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "dst_ops"
+    # Absolute: the loader looks for a name without a slash elsewhere, and the working directory may change.
+    if os.environ.get("DST_OPS_CACHE"):
+        return Path(os.environ["DST_OPS_CACHE"]).absolute()
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"]).absolute() / "dst_ops"
     try:
         return Path.home() / ".cache" / "dst_ops"
     except RuntimeError as error:

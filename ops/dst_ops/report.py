@@ -57,7 +57,9 @@ def _library(device: str, details: Callable[[], str]) -> tuple[str, str]:
     if library is not None:
         return "fused", f"{details()}, loaded from {library}"
     if error is not None:
-        return "reference", f"the build failed: {error.splitlines()[0]}"
+        first, *output = error.splitlines()
+        said = next((line for line in output if "error" in line or "not found" in line), "")
+        return "reference", f"the build failed: {first}" + (f" ({said.strip()})" if said else "")
     try:
         path = build.library_path(device)
     except (OSError, subprocess.CalledProcessError) as error_of_path:

@@ -140,6 +140,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with pytest.raises(FileNotFoundError, match="file"):
         load_exported(path)
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} is a folder; dense weights of a transformers model are read by its"
+    ):
+        load_exported(tmp_path)
     path.write_bytes(b"0123456789")
     with pytest.raises(ValueError, match=r"file is no safetensors file: "):
         load_exported(path)

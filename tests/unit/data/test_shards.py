@@ -112,6 +112,13 @@ def test_a_missing_shard_says_where_it_was_looked_for(tmp_path, monkeypatch):
     assert str(absolute.value) == f"shard {tmp_path}/a.tar does not exist; check data.*.shards"
 
 
+def test_what_is_no_name_of_a_shard_is_told_how_to_write_it(shards, tmp_path):
+    with pytest.raises(DataError, match=r"is a folder; name the files in it: .*/train-\{000000\.\.000003\}\.tar"):
+        SampleStore(str(shards[0].parent))
+    with pytest.raises(DataError, match=r"a-\*\.tar does not exist; there are no globs here, write a range: \{000000"):
+        SampleStore(f"{shards[0].parent}/a-*.tar")
+
+
 @pytest.mark.parametrize("name", ["digits", "stdlib"])
 def test_a_missing_shard_of_our_own_jobs_says_what_writes_it(tmp_path, monkeypatch, name):
     program = f"launch/prepare_{name}.py"
@@ -265,6 +272,9 @@ def test_remote_shards_are_copied_whole_and_once(shards, tmp_path):
     pattern = f"pipe:echo x >> {count}; cat {shards[0].parent}/a-{{000000..000001}}.tar"
     with pytest.raises(DataError, match=r"is remote: set data\.cache_dir"):
         SampleStore(pattern)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=rf"data\.cache_dir {tmp_path}/file: cannot be made: "):
+        SampleStore(pattern, str(tmp_path / "file"))
     cache = tmp_path / "cache"
     for _ in range(2):
         store = SampleStore(pattern, str(cache))
@@ -381,6 +391,9 @@ def test_shard_that_shrinks_or_goes_while_training(shards):
         ({"arrays": np.zeros((2, 4, 4))}, "float64"),
         ({"arrays": np.zeros((2, 4, 4, 1), np.uint8)}, r"\[2, 4, 4, 1\]"),
         ({"labels": [1]}, "1 labels for 2"),
+        ({"labels": [0.5, 1.7]}, r"labels are float64 \[2\], must be n whole numbers, 0 or more"),
+        ({"labels": [0, -1]}, "labels are int64"),
+        ({"labels": ["cat", "dog"]}, "labels are <U3"),
         ({"per_shard": 0}, "per_shard is 0"),
         ({"image_format": "bmp"}, "'bmp'"),
     ],

@@ -55,6 +55,9 @@ def test_defaults_and_numbers(base: Job) -> None:
         ("{method: rigl}", "[rigl]", "job.yaml:6 topology: input should be a valid dictionary or instance of Topology, got ['rigl']"),
         ("name: base", "name: base\nseed: 1\nseed: 2", "job.yaml:3 seed: stands twice, first at job.yaml:2"),
         ("name: base", "name: base\n3: 2", "job.yaml:2: the key '3' is not text; put it in quotes"),
+        ("name: base", "name: base\n<<: {seed: 1}", "job.yaml:2: merge keys are not read; write the keys out, or use `extends`"),
+        ('"layers.*"', "*", "job.yaml:5: not valid YAML: expected alphabetic or numeric character, but found ','; a value that begins with * must be in quotes"),
+        ("name: base", "name: base\n\tseed: 1", "job.yaml:2: not valid YAML: found character '\\t' that cannot start any token; indent with spaces"),
         ("name: base", "name: [base", "job.yaml:2: not valid YAML: expected ',' or ']', but got ':'"),
         ("lr: 1e-3", "lr: 1e-3, lr: 1", "job.yaml:13 optimizer.lr: stands twice"),
         ("{lr: 1e-3}", "{lr: 1e-3, 1: 2}", "job.yaml:13 optimizer: the key '1' is not text; put it in quotes"),
@@ -102,6 +105,7 @@ def test_what_stage_0_cannot_do(write: Write, overrides: tuple[str, ...], messag
         ("- a\n", "job.yaml:1: a job or a study is a mapping"),
         ("", "job.yaml:1: a job or a study is a mapping"),
         ("a: \x00", "job.yaml: not valid YAML: unacceptable character"),
+        ("a: " + 3000 * "[", "job.yaml: is nested too deeply"),
     ],
 )
 def test_files_that_are_no_job(write: Write, text: str, expected: str) -> None:
@@ -174,6 +178,7 @@ def test_mistakes_name_the_file_in_which_they_stand(write: Write) -> None:
     [
         ("leaf.yaml", "extends itself through"),
         ("none.yaml", "leaf.yaml:1 extends: none.yaml does not exist"),
+        ("..", "leaf.yaml:1 extends: .. is no file"),
         ("[a, b]", "leaf.yaml:1 extends: ['a', 'b'] is not the path of one YAML file"),
     ],
 )
@@ -218,6 +223,10 @@ def test_overrides_reach_into_lists(write: Write) -> None:
         ("train.batch_size", "--set train.batch_size: expected KEY=VALUE"),
         ("train..x=1", "--set train..x=1: expected KEY=VALUE"),
         ("seed=[", "--set seed=[: the value is not valid YAML"),
+        ("sparsity.rules.0.match=*", "--set sparsity.rules.0.match=*: the value is not valid YAML: expected alphabetic or numeric character"),
+        ("seed=" + 3000 * "[", "--set seed=" + 3000 * "[" + ": the value is nested too deeply"),
+        ("train.epochs=1000000000000000000000", "--set train.epochs=1000000000000000000000: train.epochs: input should be less than 2147483648"),
+        ("schedule.min_lr=1", "job.yaml:1: schedule.min_lr 1 is above optimizer.lr 0.001, from which the rate decays to it"),
         ("seed=", "--set seed=: seed: input should be a valid integer, got None"),
         ("seed=08", "--set seed=08: seed: input should be a valid integer, got '08'"),
         ("seed=!!int x", "--set seed=!!int x: seed: 'x' is not a valid int"),
@@ -253,7 +262,9 @@ def test_environment_variables_stand_in_paths_only(write: Write, monkeypatch: py
     assert job.sparsity is not None
     assert job.sparsity.rules[0].match == "${DST_TEST}"
     lines = _lines(write(TEXT.replace("a-{", "${DST_NONE}/a-{")))
-    assert lines == ["job.yaml:8 data.train.shards: the environment variable DST_NONE is not set"]
+    assert lines == [
+        "job.yaml:8 data.train.shards: the environment variable DST_NONE is not set (for `dst-train plan --no-data` any value will do)"
+    ]
 
 
 @pytest.mark.parametrize(

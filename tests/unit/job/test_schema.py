@@ -178,6 +178,11 @@ def test_batch_arithmetic() -> None:
             r"micro_batch_size 7 does not divide the 24 samples .* these do: 1, 2, 3, 4, 6, 8, 12, 24$",
         ),
         ({"batch_size": 1008}, 1, "train.batch_size 1008 is larger than data.train.samples 1000"),
+        (
+            {"batch_size": 10**12 + 1, "micro_batch_size": 2},
+            1,
+            "train.batch_size 1000000000001 is larger than data.train.samples",
+        ),
         ({"epochs": None, "steps": 5}, 1, "schedule.warmup_epochs 0.5 is 5 steps, and the training has only 5"),
     ],
 )

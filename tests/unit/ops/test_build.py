@@ -109,6 +109,35 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.library_path().parent == Path("/extensions/dst_ops")
     monkeypatch.setenv("DST_OPS_CACHE", "/ours")
     assert build.library_path().parent == Path("/ours")
+    monkeypatch.setenv("DST_OPS_CACHE", "relative")
+    assert build.library_path().parent == Path.cwd() / "relative"
+    monkeypatch.setenv("DST_OPS_CACHE", "")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
+    assert build.library_path().parent == Path.home() / ".cache" / "dst_ops"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("a file for a folder", "set DST_OPS_CACHE to a folder that can be written"),
+        ("no library", r"remove \S+\.so to build it"),
+    ],
+)
+def test_what_is_wrong_with_the_cache_is_named_with_its_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, message: str
+) -> None:
+    monkeypatch.delenv("DST_OPS_REQUIRE_FUSED", raising=False)
+    _forget(monkeypatch, "cpu")
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DST_OPS_CACHE", str(cache))
+    if damage == "no library":
+        cache.mkdir()
+        build.library_path().write_text("not what a linker writes")
+    else:
+        cache.touch()
+    with pytest.warns(UserWarning, match=message):
+        assert not build.load()
+    assert dst_ops.backend_report().entries[0].kernel == "reference"
 
 
 @pytest.fixture

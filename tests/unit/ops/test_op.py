@@ -390,6 +390,9 @@ def _call(**changes: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"x": [1.0]}, "x: type list, expected a torch.Tensor"),
+        ({"values": 3}, "values: type int, expected a torch.Tensor"),
+        ({"offsets": [0, 1, 2]}, "offsets: type list, expected a torch.Tensor"),
         ({"x": torch.zeros(5, 9)}, r"x: shape \(5, 9\), expected \[..., in_features=8\]"),
         ({"x": torch.tensor(1.0)}, r"x: shape \(\)"),
         ({"x": torch.zeros(5, 8, dtype=torch.int64)}, "x: dtype torch.int64, expected float32"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -268,3 +270,27 @@ def test_encoder_layers_of_torch_call_their_layers_in_evaluation_too(pattern: st
     with torch.no_grad():
         found = encoder.eval()(x, src_key_padding_mask=mask)
     torch.testing.assert_close(found, trained)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"match": "*", "sparsity": 0.9}, r"rules=\{'match': .*expected a list of rules, such as \[\{'match'"),
+        ("*", "expected a list of rules"),
+        (["*"], "expected a list of rules"),
+        ([("*", 0.9)], "expected a list of rules"),
+        ([{"match": "*", "sparsity": "0.9"}], r"rule '\*': sparsity '0\.9' is not a number as it should be"),
+        ([{"match": "*", "sparsity": 0.9, "band": 16.0}], r"rule '\*': band 16\.0 is not a number as it should be"),
+    ],
+)
+def test_what_is_no_list_of_rules(rules: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sparsify(Net(), rules)
+
+
+def test_a_sparsity_that_a_layer_has_too_few_units_for_is_told() -> None:
+    report = sparsify(Net(), [{"match": "*.proj", "sparsity": 0.9}, {"match": "*.fc1", "sparsity": 0.9, "band": 64}])
+    assert report.missed is not None
+    assert report.missed.endswith("has more): blocks.0.fc1 (0.5 instead of 0.1), blocks.1.fc1 (0.5 instead of 0.1)")
+    assert report.missed in str(report)
+    assert sparsify(Net(), [{"match": "*.fc*", "sparsity": 0.9, "band": 16}]).missed is None  # 1 of 8 units

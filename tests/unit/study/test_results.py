@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from dst_train.job import JobError, dump
 from dst_train.study import results
-from dst_train.study.grid import Grid
+from dst_train.study.grid import Grid, build
 from tests.unit.study.conftest import result
 
 
@@ -54,3 +57,29 @@ def test_a_file_that_is_no_result(grid: Grid) -> None:
     (run.directory / "result.json").write_text("{")
     with pytest.raises(JobError, match=r"80-dense-seed0/result\.json: is no result of a run"):
         results.read_all(grid.runs)
+
+
+def test_a_run_is_found_under_the_name_that_it_had_before_there_was_another_column(write: Callable[..., Path]) -> None:
+    before = build(write(('    "80": [sparsity.rules.0.sparsity=0.8]\n', "")))
+    run = before.runs[0]
+    assert run.name == "90-dense-seed0"
+    run.directory.mkdir(parents=True)
+    results.write(run.directory, result(run))
+    after = build(write())
+    assert results.read_all(after.runs) == {"80-dense-seed0": result(run)}
+
+
+def test_a_run_does_not_go_on_from_the_checkpoint_of_another_job(grid: Grid) -> None:
+    for run, change, ranks in zip(grid.runs, ({}, {"seed": 9}, {}, {"run_root": "moved"}), (2, 1, 1, 1), strict=False):
+        folder = run.directory / "checkpoints/step-00000003"
+        folder.mkdir(parents=True)
+        job = run.job.model_copy(update=change).model_dump(mode="json")
+        (folder / "manifest.json").write_text(json.dumps({"job": job, "world_size": ranks}))
+        (folder.parent / "latest").write_text(folder.name)
+    with pytest.raises(JobError) as caught:
+        results.check_unfinished(grid.runs)
+    first, second = grid.runs[:2]
+    assert [line.partition("; remove the folder")[0] for line in str(caught.value).splitlines()] == [
+        f"{first.directory}: has a checkpoint of another job than the study's (ranks: 2 -> 1)",
+        f"{second.directory}: has a checkpoint of another job than the study's (seed: 9 -> 0)",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,33 @@ def test_a_changed_job_is_refused_before_anything_runs(write: Write, fake: Make)
     ):
         run_study(write(ONE_SEED, ("method=rigl", "method=set")), command=workers_.command)
     assert len(workers_.log()) == 3
+
+
+def test_a_changed_job_does_not_go_on_from_a_checkpoint(write: Write, fake: Make) -> None:
+    grid = build(write(ONE_SEED))
+    folder = grid.runs[1].directory / "checkpoints/step-00000003"
+    folder.mkdir(parents=True)
+    job = grid.runs[1].job.model_dump(mode="json")
+    (folder / "manifest.json").write_text(json.dumps({"job": job, "world_size": 1}))
+    (folder.parent / "latest").write_text(folder.name)
+    workers_ = fake(grid)
+    with pytest.raises(JobError, match=r"80-rigl-seed0: has a checkpoint of another job .*'rigl' -> 'set'"):
+        run_study(write(ONE_SEED, ("method=rigl", "method=set")), command=workers_.command)
+    assert workers_.log() == []
+    assert run_study(write(ONE_SEED), command=workers_.command) == 0
+
+
+@pytest.mark.parametrize("what", ["the study", "--out"])
+def test_folders_that_cannot_be_made_are_named_before_anything_runs(
+    write: Write, fake: Make, tmp_path: Path, what: str
+) -> None:
+    path = write(ONE_SEED)
+    workers_ = fake(build(path))
+    (tmp_path / ("studies" if what == "the study" else "out")).write_text("a file")
+    out = tmp_path / "out" if what == "--out" else None
+    with pytest.raises(JobError, match=f"{tmp_path}/\\w+.*: cannot be made: "):
+        run_study(path, command=workers_.command, out=out)
+    assert workers_.log() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

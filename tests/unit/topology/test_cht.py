@@ -50,6 +50,7 @@ def test_drops_by_value_and_grows_by_the_scores_of_what_is_left(method: str) -> 
     sparsify(model, [{"match": "0", "sparsity": 0.7, "pattern": "unstructured"}])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     topology = Topology(model, method=method, every=1, total_steps=10, until=1.0, seed=5).bind(optimizer)
+    optimizer.step()  # without a gradient
     before = model[0].mask.clone().flatten()
     value = model[0].weight.detach().abs().double().flatten()
     (change,) = topology.step().layers

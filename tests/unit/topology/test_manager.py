@@ -192,6 +192,8 @@ def test_a_skipped_step_postpones_the_update() -> None:
     def one(applied: bool) -> Any:
         optimizer.zero_grad()
         model(torch.randn(4, 16)).square().mean().backward()
+        if applied:
+            optimizer.step()
         return topology.step(applied)
 
     assert [one(True), one(False), one(False)] == [None] * 3
@@ -343,9 +345,10 @@ def test_unknown_optimiser_state_is_refused(optimizer: Any, state: str) -> None:
 
 
 def test_a_layer_without_gradient_is_named() -> None:
-    model, topology, _ = _start(every=1)
+    model, topology, optimizer = _start(every=1)
     model[2].requires_grad_(False)
     model(torch.randn(4, 16))
+    optimizer.step()
     with pytest.raises(RuntimeError, match="layer 0 received a gradient in 0 of 1 micro-batches"):
         topology.step()
 
@@ -362,6 +365,7 @@ def test_a_shared_layer_is_named() -> None:
 def test_scores_that_are_not_finite_are_named() -> None:
     model, topology, optimizer = _start(every=1)
     model(torch.full((4, 16), float("nan"))).square().mean().backward()
+    topology._count_step()
     with pytest.raises(RuntimeError, match=r"layer 0: .*not finite at step 1"):
         topology.step()
     assert optimizer.state == {}
@@ -471,3 +475,21 @@ def test_a_trained_layer_is_trained_on() -> None:
         assert all(len(change.dropped) == len(change.grown) for update in updates for change in update.layers)
         assert sum(len(change.grown) for update in updates for change in update.layers) > 0
         assert [layer.num_active for layer in (model[0], model[2])] == [12, 12]
+
+
+def test_the_order_of_steps_is_checked() -> None:
+    """An update before the optimiser's step would have it apply gradients of what was dropped to what has grown in its place."""
+    model, topology, optimizer = _start("set")
+    model(torch.randn(4, 16)).square().mean().backward()
+    with pytest.raises(
+        RuntimeError, match=r"Topology\.step\(\) after 0 steps of the optimiser since the last one: call it once"
+    ):
+        topology.step()
+    assert topology.steps == 0
+    optimizer.step()
+    topology.step()
+    topology.step(False)
+    for _ in range(2):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="after 2 steps of the optimiser"):
+        topology.step()

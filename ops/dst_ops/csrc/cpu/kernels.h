@@ -51,24 +51,34 @@ static void wrapped(const In* v, long length, long period, long from, int count,
 template <typename In, typename T = typename SumOf<In>::type>
 static void pack(const In* values, long length, long period, const Diagonals& u, bool along_input, const Part* parts, long count, T* to) {
   constexpr int n = lanes<T>, vectors = (outputs + n - 1) / n;
-  for (long e = 0; e < u.count; ++e)
-    for (long d = 0; d < u.width; ++d) {
-      const In* const v = values + (u.slot[e] + (along_input ? u.width - 1 - d : d)) * length;
-      // All parts of a row of `values` in turn: rows may lie a multiple of the cache's size apart.
-      for (const Part* p = parts; p != parts + count; ++p) {
-        if (e < p->first || e >= p->last) continue;
-        const long from = along_input ? p->row + u.start[e] + d : p->output;
-        const In* some = v + from;
-        In edge[vectors * n];
-        if (from < 0 || from + vectors * n > length) {
-          wrapped(v, length, period, from, vectors * n, edge);
-          some = edge;
-        }
-        T* const place = to + p->weights + ((e - p->first) * u.width + d) * outputs;
-#pragma GCC unroll 8
-        for (int i = 0; i < vectors; ++i) store(place + i * n, load(some + i * n));
-      }
+  // Every other part is of the units before the wrap, the others are of those behind it: of many outputs, some neighbours meet a
+  // run of the units of each, and looking at all units for them would take longer than the product.
+  for (long half = 0; half < 2; ++half) {
+    long first = u.count, last = 0;
+    for (const Part* p = parts + half; p < parts + count; p += 2) {
+      if (p->first >= p->last) continue;
+      first = p->first < first ? p->first : first;
+      last = p->last > last ? p->last : last;
     }
+    for (long e = first; e < last; ++e)
+      for (long d = 0; d < u.width; ++d) {
+        const In* const v = values + (u.slot[e] + (along_input ? u.width - 1 - d : d)) * length;
+        // All parts of a row of `values` in turn: rows may lie a multiple of the cache's size apart.
+        for (const Part* p = parts + half; p < parts + count; p += 2) {
+          if (e < p->first || e >= p->last) continue;
+          const long from = along_input ? p->row + u.start[e] + d : p->output;
+          const In* some = v + from;
+          In edge[vectors * n];
+          if (from < 0 || from + vectors * n > length) {
+            wrapped(v, length, period, from, vectors * n, edge);
+            some = edge;
+          }
+          T* const place = to + p->weights + ((e - p->first) * u.width + d) * outputs;
+#pragma GCC unroll 8
+          for (int i = 0; i < vectors; ++i) store(place + i * n, load(some + i * n));
+        }
+      }
+  }
 }
 
 // sums[a][0..tokens) += sum over diagonals of weight[diagonal][a] * x[start + a][0..tokens), for rows from ... to - 1 of x:
