@@ -69,11 +69,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import torch
+    from dst_train.processes import run_ranks, strangers, visible_gpus
 
-    from dst_train.processes import run_ranks, strangers
-
-    gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    gpus = len(visible_gpus())
     problem = strangers()
     if "RANK" in os.environ:
         problem = "RANK is set: this process is a rank already; have the launcher start `-m dst_train.train --job JOB`"

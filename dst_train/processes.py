@@ -34,11 +34,24 @@ def strangers() -> str | None:
     return None
 
 
-def start_ranks(command: Sequence[str], ranks: int, *, threads: str, **options: Any) -> list[subprocess.Popen[str]]:
+def visible_gpus() -> list[str]:
+    """The GPUs that ranks may use, as CUDA_VISIBLE_DEVICES names them."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def start_ranks(
+    command: Sequence[str], ranks: int, *, threads: str, gpus: Sequence[str] = (), **options: Any
+) -> list[subprocess.Popen[str]]:
     """A process for each rank, which find each other by the variables that a launcher would set.
 
     Args:
         threads: of each process, for OMP_NUM_THREADS.
+        gpus: of `visible_gpus`, those of these ranks; all if none are named.
         options: of Popen.
     """
     shared = {
@@ -49,6 +62,8 @@ def start_ranks(command: Sequence[str], ranks: int, *, threads: str, **options: 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
+    if gpus:
+        shared["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return [
         subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, **options)
         for rank in range(ranks)

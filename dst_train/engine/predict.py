@@ -20,6 +20,7 @@ def predict(engine: DeepSpeedEngine, inputs: Tensor, targets: Tensor, dtype: tor
     """
     # From pinned memory, which the loader has for a GPU: the host goes on, and what it copies from stays until that is done.
     inputs = inputs.to(engine.device, dtype if inputs.is_floating_point() else None, non_blocking=True)
+    expected = targets.to(engine.device, non_blocking=True)
     logits = engine(inputs)
     largest, classes = int(targets.max()), logits.shape[-1]
     if largest >= classes:
@@ -27,4 +28,4 @@ def predict(engine: DeepSpeedEngine, inputs: Tensor, targets: Tensor, dtype: tor
             f"a sample has label {largest}, and the model has {classes} classes (0 to {classes - 1}); "
             "check the labels in the shards, or the model's number of classes"
         )
-    return logits.float().flatten(0, -2), targets.to(engine.device, non_blocking=True).flatten()
+    return logits.float().flatten(0, -2), expected.flatten()

@@ -15,7 +15,14 @@ from dst_train import job as jobs
 from dst_train.engine.checkpoint import CheckpointError, Checkpoints, Found, broadcast
 from dst_train.engine.config import compile_config
 from dst_train.engine.resume import check_job, differences
-from dst_train.engine.session import Session, build_session, close_session, seed_random_numbers, start_distributed
+from dst_train.engine.session import (
+    Session,
+    be_patient,
+    build_session,
+    close_session,
+    seed_random_numbers,
+    start_distributed,
+)
 from dst_train.engine.trainer import Trainer
 from dst_train.engine.watchdog import Watchdog
 from dst_train.job import BatchPlan, Job
@@ -45,6 +52,7 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
         NonFiniteError, DataError, TopologyMismatchError: see there.
     """
     rank, world_size = start_distributed()
+    be_patient(job.monitor.hang_minutes)
     plan = BatchPlan.of(job, world_size)
     directory = RunDirectory(Path(job.run_root) / job.name)
     with _alone(directory, rank):

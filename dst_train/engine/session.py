@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -41,12 +43,42 @@ def start_distributed() -> tuple[int, int]:
         if get_accelerator().device_name() != "cpu":
             # DeepSpeed selects it when it gets the model: collectives before that, such as whether there is a checkpoint, would
             # all be on the first GPU, which NCCL refuses.
-            get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+            get_accelerator().set_device(_gpu(get_accelerator().device_count()))
         else:
             # Used by inference only, and would be compiled for most of a minute inside init_distributed.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
     return dist.get_rank(), dist.get_world_size()
+
+
+def _gpu(count: int) -> int:
+    """The number of this rank's GPU among those that it sees.
+
+    Raises:
+        RuntimeError: it sees fewer than there are ranks on its node.
+    """
+    local = int(os.environ["LOCAL_RANK"])
+    if count == 1 and local:
+        os.environ["LOCAL_RANK"] = (
+            "0"  # each rank was given one of its own, and DeepSpeed takes this for the GPU's number
+        )
+        return 0
+    if local >= count:
+        raise RuntimeError(
+            f"LOCAL_RANK is {local} and this process sees {count} GPUs (CUDA_VISIBLE_DEVICES is "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start at most as many ranks on a node as it has GPUs"
+        )
+    return local
+
+
+def be_patient(minutes: float) -> None:
+    """Gives every process group more time than the watchdog takes to end a rank that hangs: groups of NCCL have 10 minutes, and end the
+    ranks that wait without a word of where. Also for what does not count as hanging, as copying shards."""
+    limit = datetime.timedelta(minutes=2 * minutes + 60)
+    # torch 2.11 has it under another name.
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout
+    for group in list(c10d._world.pg_map):
+        set_timeout(limit, group)
 
 
 def leave_distributed() -> None:
@@ -71,6 +103,7 @@ def build_session(job: Job, plan: BatchPlan) -> Session:
     optimizer = build_optimizer(job, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=compile_config(job, plan))
     topology = topology_of(job, plan, engine.module).bind(engine)
+    be_patient(job.monitor.hang_minutes)
     seed_random_numbers(job.seed, dist.get_rank())
     return Session(engine, topology, report, torch.bfloat16 if job.train.precision == "bf16_params" else torch.float32)
 

@@ -50,8 +50,9 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
-        return F.linear(F.linear(x, self.down), self.up)
+        # DeepSpeed casts parameters, and leaves buffers in fp32.
+        return F.linear(F.linear(x, self.down.to(self.up.dtype)), self.up)
 
     def to_dense(self) -> Tensor:
         """[out_features, in_features]; zero as long as `up` has not learned."""
-        return self.up @ self.down
+        return self.up @ self.down.to(self.up.dtype)

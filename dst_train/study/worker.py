@@ -25,6 +25,9 @@ def main() -> None:
             facts = facts or _facts(rank)
             _run(directory, rank, facts)
             gc.collect()  # engines and models are cycles
+            import torch
+
+            torch.cuda.empty_cache()  # of which the next run may have another use, and other processes have none
             print("finished", file=answers, flush=True)
     if facts:
         from dst_train.engine import leave_distributed

@@ -16,8 +16,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any
 
-from dst_train.job import dump
-from dst_train.processes import cores, start_ranks, stop
+from dst_train.job import JobError, dump
+from dst_train.processes import cores, start_ranks, stop, visible_gpus
 from dst_train.study.grid import Run
 
 COMMAND = (sys.executable, "-m", "dst_train.study.worker")
@@ -33,26 +33,44 @@ def execute(
     """Run all, `parallel` at a time; yields each run when it is over, with its error or None.
 
     Closing the iterator stops what is running, at a step with a checkpoint. lock: a file descriptor that the processes hold
-    open, so that the lock on it lasts as long as any of them.
+    open, so that the lock on it lasts as long as any of them. Where there are GPUs each rank has one of its own, and a run waits
+    until as many as it has ranks are free.
+
+    Raises:
+        JobError: a run has more ranks than there are GPUs.
     """
     pending = deque(sorted(runs, key=lambda run: run.ranks))
+    gpus = visible_gpus()
+    for run in runs:
+        if gpus and run.ranks > len(gpus):
+            raise JobError(f"{run.name} is to run on {run.ranks} ranks, and this machine has {len(gpus)} GPUs")
     busy: dict[Group, Run] = {}
     idle: list[Group] = []
     try:
         while pending or busy:
             while pending and len(busy) < parallel:
-                run = pending.popleft()
-                group = next((g for g in idle if g.ranks == run.ranks), None)
-                if group is None:
-                    group = Group(run.ranks, max(1, cores() // (parallel * run.ranks)), lock, command)
-                else:
+                ranks = pending[0].ranks
+                group = next((g for g in idle if g.ranks == ranks), None)
+                if group is not None:
                     idle.remove(group)
-                busy[group] = run
-                group.start(run)
+                else:
+                    # Runs come in the order of their ranks: no other one has use for what is idle.
+                    stop_groups(idle, GRACE_SECONDS)
+                    idle.clear()
+                    taken = {gpu for g in busy for gpu in g.gpus}
+                    free = [gpu for gpu in gpus if gpu not in taken]
+                    if gpus and len(free) < ranks:
+                        break
+                    threads = max(1, cores() // (parallel * ranks))
+                    group = Group(ranks, threads, lock, command, free[:ranks])
+                busy[group] = pending[0]
+                group.start(pending.popleft())
             ready = wait([pipe for group in busy for pipe in group.awaited])
             for group in [g for g in busy if g.take_answers(ready)]:
                 run = busy.pop(group)
-                if group.error is None:
+                if group.error is None and run.job.deepspeed.zero_optimization.stage == 3:
+                    stop_groups([group], GRACE_SECONDS)  # DeepSpeed never lets go of such an engine
+                elif group.error is None:
                     idle.append(group)
                 yield run, group.error
     finally:
@@ -62,17 +80,20 @@ def execute(
 class Group:
     """A process for each rank, which run one job together at a time.
 
-    awaited: file descriptors of the ranks that have not answered yet. error: why the run failed; such a group is gone.
+    awaited: file descriptors of the ranks that have not answered yet. error: why the run failed; such a group is gone. gpus: see
+    `start_ranks`.
     """
 
-    def __init__(self, ranks: int, threads: int, lock: int, command: Sequence[str]) -> None:
+    def __init__(self, ranks: int, threads: int, lock: int, command: Sequence[str], gpus: Sequence[str] = ()) -> None:
         self.ranks = ranks
+        self.gpus = gpus
         self.error: str | None = None
         self.awaited: set[int] = set()
         self.processes = start_ranks(
             command,
             ranks,
             threads=str(threads),
+            gpus=gpus,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(lock,),

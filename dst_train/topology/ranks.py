@@ -19,7 +19,8 @@ class Ranks:
     """The ranks that train together. Create it on all ranks at the same time, after init_process_group.
 
     The group is separate from the engine's because growth signals are reduced inside the backward pass, between the
-    engine's own collectives; NCCL orders collectives per group. Without torch.distributed it is one rank.
+    engine's own collectives; NCCL orders collectives per group. Nothing of two groups may be under way on a GPU at once: kernels of
+    both, on streams of their own, can wait for each other's room (torch.distributed.new_group). Without torch.distributed it is one rank.
     """
 
     def __init__(self) -> None:
@@ -35,8 +36,15 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; every rank gets the same bits."""
         if self._group is not None:
+            self._wait(tensor)
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._group)
+            self._wait(tensor)
         return tensor
+
+    def _wait(self, tensor: Tensor) -> None:
+        """For all that the device was asked to do, also on the streams on which ZeRO overlaps; update steps only."""
+        if tensor.is_cuda and self.world_size > 1:
+            torch.cuda.synchronize(tensor.device)
 
     def require_equal(self, tensors: Mapping[str, Tensor], moment: str) -> None:
         """Compare the digest of each named CPU tensor over the ranks (min = max).

@@ -35,3 +35,25 @@ def test_a_closed_session_leaves_nothing_behind() -> None:
     (left,) = run_ranks(1, _sessions)
     # The first session of all starts threads that stay, such as autograd's.
     assert {(alive, *counts) for _, alive, *counts in left[1:]} == {(False, *left[1][2:])}, left
+
+
+def _patience() -> list[float]:
+    """Seconds that collectives of each process group may take."""
+    import torch
+    import torch.distributed.distributed_c10d as c10d
+
+    from dst_train.engine.session import build_session, close_session, start_distributed
+
+    _, world_size = start_distributed()
+    job = _job("fp32", 1)
+    session = build_session(job, BatchPlan.of(job, world_size))
+    groups = [group._get_backend(torch.device("cpu")) for group in c10d._world.pg_map]
+    found = [backend.options._timeout.total_seconds() for backend in groups]
+    close_session(session)
+    return found
+
+
+def test_no_group_gives_up_before_the_watchdog_has_spoken() -> None:
+    (found,) = run_ranks(1, _patience)
+    assert len(found) >= 3  # all ranks, DeepSpeed's, the topology's
+    assert set(found) == {60.0 * (2 * 30 + 60)}

@@ -121,3 +121,18 @@ def test_run_wants_at_least_one_rank(capsys: pytest.CaptureFixture[str]) -> None
 def test_cores_are_those_that_the_process_may_use() -> None:
     one = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from dst_train.processes import cores; print(cores())"
     assert subprocess.run([sys.executable, "-c", one], check=True, capture_output=True, text=True).stdout == "1\n"
+
+
+def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert processes.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,none")
+    assert processes.visible_gpus() == ["GPU-a", "GPU-b"]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert processes.visible_gpus() == []
+    command = _script(tmp_path, "open(f'{folder}/{rank}', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])")
+    for process in processes.start_ranks(command, 1, threads="1", gpus=["GPU-b"]):
+        process.wait()
+    assert (tmp_path / "0").read_text() == "GPU-b"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ def test_a_rank_selects_its_gpu_before_any_collective(monkeypatch: pytest.Monkey
     for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     accelerator = SimpleNamespace(
-        device_name=lambda: "cuda", set_device=lambda index: done.append(f"set_device({index})")
+        device_name=lambda: "cuda", device_count=lambda: 2, set_device=lambda index: done.append(f"set_device({index})")
     )
     monkeypatch.setattr(session, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(session.deepspeed, "init_distributed", lambda **_: done.append("init_distributed"))
@@ -24,3 +25,15 @@ def test_a_rank_selects_its_gpu_before_any_collective(monkeypatch: pytest.Monkey
     monkeypatch.setattr(session.dist, "get_world_size", lambda: 8)
     assert session.start_distributed() == (5, 8)
     assert done == ["set_device(1)", "init_distributed"]
+
+
+def test_a_rank_with_a_gpu_of_its_own_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    with pytest.raises(
+        RuntimeError, match=r"LOCAL_RANK is 3 and this process sees 2 GPUs \(CUDA_VISIBLE_DEVICES is 5,6\)"
+    ):
+        session._gpu(2)
+    assert session._gpu(8) == 3
+    assert session._gpu(1) == 0
+    assert os.environ["LOCAL_RANK"] == "0"

@@ -91,3 +91,12 @@ def test_training_is_the_same_to_the_bit_until_the_path_starts() -> None:
         assert all(same) == (step < 6), step  # in step 6 clipping sees the gradient of up
         assert bool(late[step]["0.low_rank.up"].any()) == (step >= 6)
     assert torch.equal(late[0]["0.low_rank.down"], late[-1]["0.low_rank.down"])
+
+
+def test_parameters_may_be_cast_without_buffers() -> None:
+    """As DeepSpeed does for bf16 parameters."""
+    path = LowRank(6, 5, 2)
+    path.up.data = torch.randn(5, 2).bfloat16()
+    x = torch.randn(3, 6).bfloat16()
+    assert path(x).dtype == path.to_dense().dtype == torch.bfloat16
+    torch.testing.assert_close(path(x), x @ path.to_dense().t(), rtol=2**-6, atol=2**-6)

@@ -46,6 +46,9 @@ for line in sys.stdin:
     with (fake / "log").open("a") as log:
         print(os.getpid(), run.name, rank, os.environ["OMP_NUM_THREADS"], file=log)
     what = (fake / run.name).read_text()
+    with (fake / "gpus").open("a") as log:
+        print(run.name, os.environ.get("CUDA_VISIBLE_DEVICES"), file=log)
+    time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
     if what == "crash" and int(rank) + 1 == int(os.environ["WORLD_SIZE"]):
         (run / f"output-{rank}.txt").write_text("Traceback\\nValueError: too bad\\n\\n")
         sys.exit(1)

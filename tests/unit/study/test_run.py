@@ -235,3 +235,25 @@ def test_a_worker_that_does_not_stop_is_killed(grid: Grid, fake: Make, monkeypat
     assert group.processes[0].returncode == -signal.SIGKILL
     os.close(read)
     os.close(write)
+
+
+def test_runs_at_one_time_have_gpus_of_their_own(write: Write, fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = build(write(("dense: [sparsity=null]", "two: [ranks=2]"), ONE_SEED))
+    workers_ = fake(grid)
+    monkeypatch.setenv("FAKE_SECONDS", "0.5")
+    monkeypatch.setattr(workers, "visible_gpus", lambda: ["4", "5", "6"])
+    assert set(_execute(grid.runs, workers_, parallel=4).values()) == {None}
+    seen = dict(line.split() for line in (workers_.folder / "gpus").read_text().splitlines())
+    assert {seen["80-rigl-seed0"], seen["90-rigl-seed0"]} == {"4", "5"}
+    # Two ranks need two that are free: one run after the other, in the place of the workers that nobody needs any more.
+    assert len(seen["80-two-seed0"].split(",")) == len(seen["90-two-seed0"].split(",")) == 2
+    monkeypatch.setattr(workers, "visible_gpus", lambda: ["4"])
+    with pytest.raises(JobError, match=r"two-seed0 is to run on 2 ranks, and this machine has 1 GPUs"):
+        _execute(grid.runs, workers_)
+
+
+def test_zero_3_leaves_its_process(write: Write, fake: Make) -> None:
+    stage = ("rigl: [topology.method=rigl]", "rigl: [deepspeed.zero_optimization.stage=3]")
+    workers_ = fake(grid := build(write(stage, ONE_SEED)))
+    assert set(_execute(grid.runs, workers_).values()) == {None}
+    assert len({process for process, *_ in workers_.log()}) == 2  # 80-dense and 80-rigl, then 90-rigl
