@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key"
     )
     plan.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
-    plan.add_argument("--no-data", action="store_true", help="do not look for the shards")
+    plan.add_argument("--no-data", action="store_true", help="do not look for the shards and at run_root")
     run = verbs.add_parser("run", help="train a job on this machine; continues from its last checkpoint")
     run.add_argument("job", help="the job's YAML file")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key")

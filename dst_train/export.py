@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def save(model: nn.Module, about: About, target: Path, *, dense: bool) -> str:
         safetensors.torch.save_model(model, str(partial), {"format": "pt", KEY: about.model_dump_json()})
         reader = f"dst_train.load_exported({str(target)!r})"
     for path in [partial] if partial.is_file() else partial.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors makes files that only the owner reads
+        path.chmod(0o666 & ~_umask())  # safetensors makes files that only the owner reads
     partial.rename(target)
     size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
     weights = "dense" if dense else "sparse"
@@ -114,6 +115,12 @@ def _read(path: str | Path) -> tuple[About, dict[str, int]]:
 
 def _diagonal(model: nn.Module) -> dict[str, DiagonalLinear]:
     return {name: layer for name, layer in sparse_layers(model).items() if isinstance(layer, DiagonalLinear)}
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def _remove(path: Path) -> None:

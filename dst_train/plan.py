@@ -96,8 +96,8 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
 
 
 def _check_run_root(job: Job) -> None:
-    root = Path(job.run_root).absolute()
-    there = next(path for path in (root, *root.parents) if os.path.exists(path))
+    folder = Path(job.run_root).absolute() / job.name
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         what = "cannot be written" if there.is_dir() else "is no folder"
         raise JobError(f"run_root {job.run_root}: {there} {what}; choose another place for the runs", ("run_root",))
@@ -146,8 +146,10 @@ def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train", sp
 
     replaced = {model.get_submodule(name): name for name in sparse}
     handles = [layer.register_forward_hook(count) for layer in replaced]
-    training = model.training
+    training, learned = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
+    for parameter in learned:  # the counter's hooks do not bear views of them without a gradient
+        parameter.requires_grad_(False)
     try:
         # The counter does not know the CPU's fused attention.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -165,6 +167,8 @@ def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train", sp
         ) from error
     finally:
         model.train(training)
+        for parameter in learned:
+            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
     for layer, name in replaced.items():

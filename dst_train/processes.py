@@ -64,10 +64,15 @@ def start_ranks(
     }
     if gpus:
         shared["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    return [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, **options)
-        for rank in range(ranks)
-    ]
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(subprocess.Popen(command, env={**shared, **place}, text=True, **options))
+    except BaseException:
+        stop(started, 0.0)
+        raise
+    return started
 
 
 def run_ranks(command: Sequence[str], ranks: int) -> int:

@@ -21,21 +21,29 @@ OF_LAYERS = {
 
 
 def report(runs: Sequence[Path]) -> str:
-    """A line for each run; of a single one, its sparse layers as well.
+    """A line for each run; of a single one, its sparse layers as well. What is wrong with some of the folders comes last.
 
     Raises:
-        JobError: a folder is no run, has nothing for TensorBoard, or its job is not one of this version.
+        JobError: none of the folders is a run that has something for TensorBoard, and a job of this version.
     """
-    found = {run: Scalars(run) for run in runs}
+    found, lines, problems = {}, [], []
+    for run in runs:
+        try:
+            found[run] = Scalars(run)
+            lines.append(_line(run, found[run]))
+        except JobError as error:
+            problems.append(str(error))
+    if not lines:
+        raise JobError("\n".join(problems))
     head = ["run", "step", "eval/loss", "eval/accuracy", "best accuracy", "sparsity", "samples/s", "checkpoint"]
-    parts = [_table([head, *(_line(run, scalars) for run, scalars in found.items())])]
-    one = found[runs[0]]
+    parts = [_table([head, *lines])]
+    one = next(iter(found.values()))
     layers = one.names("topology/sparsity_actual/") if len(runs) == 1 else []
     if layers:
         step, churn = one.series("topology/churn")[-1]
         parts.append(f"after the topology update of step {step}, which changed {churn:.2%} of the active units:")
         parts.append(_table([["layer", *OF_LAYERS], *(_layer(layer, one) for layer in layers)]))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *(["\n".join(problems)] if problems else [])])
 
 
 class Scalars:

@@ -4,4 +4,5 @@ import sys
 
 from dst_train.train import main
 
-sys.exit(main())
+if __name__ == "__main__":  # data workers import it again
+    sys.exit(main())

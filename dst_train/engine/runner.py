@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from dst_train.engine.trainer import Trainer
 from dst_train.engine.watchdog import Watchdog
 from dst_train.job import BatchPlan, Job
 from dst_train.monitor import Monitor, RunDirectory
+from dst_train.monitor.run_directory import UNLOCKABLE
 from dst_train.processes import signals
 
 
@@ -55,13 +55,15 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
     be_patient(job.monitor.hang_minutes)
     plan = BatchPlan.of(job, world_size)
     directory = RunDirectory(Path(job.run_root) / job.name)
-    with _alone(directory, rank):
-        return _run(job, plan, directory, rank, stop_at)
+    with _alone(directory, rank) as notes:
+        return _run(job, plan, directory, rank, stop_at, notes)
 
 
-def _run(job: Job, plan: BatchPlan, directory: RunDirectory, rank: int, stop_at: int | None) -> Outcome:
+def _run(
+    job: Job, plan: BatchPlan, directory: RunDirectory, rank: int, stop_at: int | None, notes: list[str]
+) -> Outcome:
     checkpoints = Checkpoints(directory.checkpoints, keep=job.checkpoint.keep)
-    found, notes = _resumable(job, checkpoints)
+    found, more = _resumable(job, checkpoints)
     monitor = Monitor(
         directory,
         rank=rank,
@@ -71,7 +73,7 @@ def _run(job: Job, plan: BatchPlan, directory: RunDirectory, rank: int, stop_at:
     )
     watchdog = Watchdog(rank, job.monitor.hang_minutes)
     try:
-        for note in notes:
+        for note in [*notes, *more]:
             monitor.message(note)
         if rank == 0:
             directory.write_text("job.yaml", jobs.dump(job))
@@ -94,17 +96,29 @@ def _run(job: Job, plan: BatchPlan, directory: RunDirectory, rank: int, stop_at:
 
 
 @contextmanager
-def _alone(directory: RunDirectory, rank: int) -> Iterator[None]:
-    """No other training of the same name beside this one: each would take the other's checkpoints for its own, and remove them."""
-    lock = directory.lock() if rank == 0 else None
-    holder = broadcast(lock if isinstance(lock, str) else None)
-    if holder is not None:
-        raise CheckpointError(
-            f"{directory.path} is in use by {holder or 'another process'}, which trains a job of this name; stop that, or give this job "
-            "another name"
-        )
-    with lock if isinstance(lock, io.TextIOBase) else nullcontext():
-        yield
+def _alone(directory: RunDirectory, rank: int) -> Iterator[list[str]]:
+    """No other training of the same name beside this one: each would take the other's checkpoints for its own, and remove them.
+
+    Yields what there is to say of it.
+    """
+    with ExitStack() as held:
+        notes, problem = [], None
+        try:
+            if rank == 0:
+                held.enter_context(directory.lock())
+        except BlockingIOError as error:
+            problem = f"is in use by {error.strerror}, which trains a job of this name; stop that, or give this job another name"
+        except OSError as error:
+            if error.errno in UNLOCKABLE:
+                notes = [
+                    f"{directory.path} cannot be locked ({error.strerror}): see that no second training of this name starts"
+                ]
+            else:
+                problem = f"cannot be written: {error}"
+        problem = broadcast(problem)
+        if problem is not None:
+            raise CheckpointError(f"{directory.path} {problem}")
+        yield notes
 
 
 def _resumable(job: Job, checkpoints: Checkpoints) -> tuple[Found | None, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ from dst_train.topology import TopologyUpdate
 
 # A mask of single entries has as many units as the weight has entries.
 LISTED_UNITS = 16384
+UNLOCKABLE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Of LayerUpdate.
 TOLD = (
     "churn",
@@ -40,15 +42,20 @@ class RunDirectory:
         self.topology = path / "topology.jsonl"
         path.mkdir(parents=True, exist_ok=True)
 
-    def lock(self) -> TextIO | str:
-        """A file that keeps other trainings out of the directory until it is closed, or this process ends; or who has it."""
+    def lock(self) -> TextIO:
+        """A file that keeps other trainings out of the directory until it is closed, or this process ends.
+
+        Raises:
+            BlockingIOError: another process has it; its strerror says which.
+            OSError: it cannot be written, or the file system has no locks (UNLOCKABLE).
+        """
         file = (self.path / "lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError as error:
             file.seek(0)
             with file:
-                return file.read().strip()
+                raise BlockingIOError(error.errno, file.read().strip() or "another process") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ def sparsify(
             is frozen, a layer with hooks, sparsity outside [0, 1), explore below 1, an unknown gate, a rank above a layer's size, a gate or rank for a layer
             that is not diagonal, or `sdgp` under another budget than `uniform`.
     """
+    rules = rules if isinstance(rules, str | Mapping) else list(rules)
     if isinstance(rules, str | Mapping) or not all(isinstance(r, Mapping) or hasattr(r, "match") for r in rules):
         raise ValueError(
             f"rules={rules!r}: expected a list of rules, such as [{{'match': '*.mlp.*', 'sparsity': 0.9}}]"
@@ -158,7 +160,7 @@ def _parse(rule: Any) -> SparsityRule:
         raise ValueError(f"rule {rule.match!r}: permute {rule.permute!r} is unknown; choose one of none, learned")
     if rule.permute != "none" and rule.pattern != "diagonal":
         raise ValueError(f"rule {rule.match!r}: permute belongs to diagonal, not to {rule.pattern}")
-    for key, kinds in (("sparsity", float | int | None), ("band", int), ("size", int)):
+    for key, kinds in (("sparsity", Real | None), ("band", Integral), ("size", Integral)):
         if not isinstance(getattr(rule, key), kinds):
             raise ValueError(f"rule {rule.match!r}: {key} {getattr(rule, key)!r} is not a number as it should be")
     if rule.sparsity is not None and not 0.0 <= rule.sparsity < 1.0:
@@ -199,9 +201,10 @@ def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Modul
         if not module.weight.requires_grad:
             raise ValueError(
                 f"layer {name} is frozen (its weight has requires_grad=False), and a sparse layer in its place would start to "
-                "learn; keep it dense: add a rule with sparsity: null"
+                "learn; keep it dense: add a rule with sparsity: null, or freeze it after sparsify()"
             )
-        if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
+        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+        if any(hooks) or "forward" in vars(module):
             raise ValueError(
                 f"layer {name} has hooks, as torch.nn.utils.weight_norm registers them, which its replacement would not have; "
                 "remove them or register them after sparsify(), or keep it dense: add a rule with sparsity: null"

@@ -77,12 +77,14 @@ def check_unfinished(runs: Iterable[Run]) -> None:
     """
     changed = []
     for run in runs:
-        latest = run.directory / "checkpoints" / "latest"
-        if latest.is_file():
-            manifest = json.loads((latest.parent / latest.read_text(encoding="utf-8") / "manifest.json").read_text())
-            saved, ranks = manifest["job"], manifest["world_size"]
+        for manifest in sorted((run.directory / "checkpoints").glob("step-*/manifest.json")):
+            try:
+                facts = json.loads(manifest.read_text(encoding="utf-8"))
+                saved, ranks = facts["job"], facts["world_size"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # damaged: the run passes it over, and says so
             if ranks != run.ranks or _changes(run, saved):
-                changed.append(f"{run.directory}: has a checkpoint of {_another(run, saved, ranks)}")
+                changed.append(f"{manifest.parent}: is a checkpoint of {_another(run, saved, ranks)}")
     if changed:
         raise JobError("\n".join(changed))
 

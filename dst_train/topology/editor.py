@@ -85,7 +85,7 @@ def element_state(state: dict[str, Any], numel: int) -> dict[str, Tensor]:
     """
     found = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1 != numel:
             continue
         if value.numel() != numel or key not in FIRST_MOMENTS + SECOND_MOMENTS:
             raise ValueError(

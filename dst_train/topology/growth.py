@@ -80,12 +80,15 @@ class GrowthSignal:
 
     def _on_forward(self, name: str, x: Tensor, y: Tensor) -> None:
         if y.requires_grad:
-            y.register_hook(partial(self._on_gradient, name, x.detach(), x._version))
+            version = None if x.is_inference() else x._version
+            y.register_hook(partial(self._on_gradient, name, x.detach(), version))
 
     @torch.no_grad()
-    def _on_gradient(self, name: str, x: Tensor, version: int, dy: Tensor) -> None:
+    def _on_gradient(self, name: str, x: Tensor, version: int | None, dy: Tensor) -> None:
         layer = self._layers[name]
-        if x._version != version:  # autograd says so itself, unless the product was of a copy, as it is in autocast
+        if (
+            version is not None and x._version != version
+        ):  # autograd says so itself, unless the product was of a copy, as it is in autocast
             raise RuntimeError(
                 f"the input of layer {name} was changed in place after the layer had read it, so that its gradient is lost to the "
                 "growth signal; let what follows make a new tensor (h = h + y in place of h += y)"

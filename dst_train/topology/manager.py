@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dst_train.sparse import DiagonalLinear, SparseLayer, sparse_layers
 from dst_train.topology import permutation, policy, telemetry
@@ -52,8 +53,8 @@ class Topology:
         self.steps = 0
         self.updates = 0
         self._due = False
-        self._counts = False  # a DeepSpeed engine tells of each step, whether it was applied
-        self._optimizer_steps = 0
+        self._hook: RemovableHandle | None = None  # a DeepSpeed engine tells of each step, whether it was applied
+        self._stepped = False
         self._editor: ParameterEditor | None = None
         self._ranks: Ranks
         self._signal: GrowthSignal
@@ -106,9 +107,9 @@ class Topology:
             self.layers, self._ranks, accumulation=s.accumulation, exact=s.grow_signal == "exact"
         )
         self._editor = editor_for(target, self._ranks.world_size)
-        if isinstance(target, torch.optim.Optimizer):
-            self._counts = True
-            target.register_step_post_hook(self._count_step)
+        self._unhook()
+        if hasattr(target, "_optimizer_step_post_hooks"):  # a torch optimiser, but for wrappers that only look like one
+            self._hook = target.register_step_post_hook(self._note_step)
         for name, layer in self.layers.items():
             for key, parameter in (("weight", layer.stored), ("alpha", layer.alpha)):
                 if parameter is not None:
@@ -126,6 +127,7 @@ class Topology:
         """Free the process group of a bound topology, for a process that goes on to another. Collective."""
         self._require_bound("close")
         self._signal.stop()
+        self._unhook()
         self._ranks.close()
 
     def step(self, applied: bool = True) -> TopologyUpdate | None:
@@ -135,7 +137,7 @@ class Topology:
             applied: False when the optimiser skipped the step (overflow): a due update waits for the next step.
 
         Raises:
-            RuntimeError: before `bind`, not once after each step of a torch optimiser, a score that is not finite, or see
+            RuntimeError: before `bind`, without a step of a torch optimiser since the last one, a score that is not finite, or see
                 `GrowthSignal`.
             TopologyMismatchError: the ranks' offsets differ before or after the update.
         """
@@ -176,16 +178,25 @@ class Topology:
         if self._editor is None:
             raise RuntimeError(f"Topology.{method}() before bind(): bind it to the optimiser or the engine first")
 
-    def _count_step(self, *_: object) -> None:
-        self._optimizer_steps += 1
+    def _note_step(self, *_: object) -> None:
+        self._stepped = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no hook on its optimiser, which torch does not copy."""
+        return {**self.__dict__, "_hook": None}
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _check_order(self, applied: bool) -> None:
         """Between the backward pass and the optimiser's step the gradients are those of units that an update would drop."""
-        made, self._optimizer_steps = self._optimizer_steps, 0
-        if self._counts and made != 1 and (applied or made > 1):
+        stepped, self._stepped = self._stepped, False
+        if self._hook is not None and applied and not stepped:
             raise RuntimeError(
-                f"Topology.step() after {made} steps of the optimiser since the last one: call it once after each optimizer.step(), and "
-                "step(False) where that was skipped"
+                "Topology.step() without a step of the optimiser since the last one: call it once after each optimizer.step(), and "
+                "step(False) where that was skipped, as a GradScaler does when gradients overflow"
             )
 
     def _require_equal(self, moment: str) -> None:

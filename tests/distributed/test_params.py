@@ -256,3 +256,28 @@ def _refused() -> str:
 
 def test_bf16_parameters_at_stage_0_are_refused() -> None:
     assert "autocast" in run_ranks(1, _refused)[0]
+
+
+def _missing() -> list[str]:
+    """What is said, by stage, of a sparse layer that the optimiser was not given."""
+    import deepspeed
+
+    from dst_train.engine.session import start_distributed
+
+    start_distributed()
+    said = []
+    for stage in (0, 1, 2, 3):
+        model = _model("rigl")
+        without = [p for name, p in model.named_parameters() if name != "0.values"]
+        config = {"train_batch_size": 4, "zero_optimization": {"stage": stage}}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(without), config=config)
+        with pytest.raises(ValueError, match="is not among the optimiser's parameters") as caught:
+            _topology(engine.module, "rigl").bind(engine)
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_layer_that_the_optimiser_does_not_have_is_refused_at_each_stage() -> None:
+    assert set(run_ranks(1, _missing)[0]) == {
+        "0 (weight) is not among the optimiser's parameters; create the optimiser after sparsify()"
+    }

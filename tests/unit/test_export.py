@@ -136,6 +136,14 @@ def test_what_an_interrupted_export_left_is_in_nobodys_way(tmp_path: Path) -> No
     assert "model.safetensors.index.json" not in {path.name for path in (tmp_path / "folder").iterdir()}
 
 
+def test_who_may_read_it_is_as_for_any_file(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    path = tmp_path / "one"
+    about = _about(MLP, RULES)
+    save(_trained(about), about, path, dense=False)
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with pytest.raises(FileNotFoundError, match="file"):

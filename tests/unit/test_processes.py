@@ -136,3 +136,18 @@ def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for process in processes.start_ranks(command, 1, threads="1", gpus=["GPU-b"]):
         process.wait()
     assert (tmp_path / "0").read_text() == "GPU-b"
+
+
+def test_a_rank_that_cannot_be_started_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen, started = subprocess.Popen, []
+
+    def refuse_the_second(*arguments: object, **options: object) -> object:
+        if started:
+            raise BlockingIOError("no more processes")
+        started.append(popen(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", refuse_the_second)
+    with pytest.raises(BlockingIOError):
+        processes.start_ranks(_script(tmp_path, "time.sleep(600)"), 2, threads="1")
+    assert started[0].returncode is not None

@@ -51,8 +51,9 @@ def test_a_run_and_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_several_runs_are_lines_of_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = _run(tmp_path / "dense", (40, "train/accuracy", 0.5))
     sparse = _run(tmp_path / "sparse", (50, "topology/churn", 0.1), (50, "topology/sparsity_actual/fc", 0.9))
-    assert main(["report", str(dense), str(sparse)]) == 0
-    _, one, two = capsys.readouterr().out.splitlines()
+    assert main(["report", str(dense), str(tmp_path), str(sparse)]) == 0
+    _, one, two, _, problem = capsys.readouterr().out.splitlines()
+    assert problem.startswith(f"{tmp_path}: no run")
     assert one.split() == [str(dense), "40", "of", "80", *"------"]
     assert two.split() == [str(sparse), "0", "of", "80", *"------"]
 

@@ -6,12 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 from dst_train.monitor import RunDirectory
 from dst_train.sparse.report import LayerReport, SparsityReport
 from dst_train.topology import LayerUpdate, TopologyUpdate
 
 MakeUpdate = Callable[..., TopologyUpdate]
+
+
+@pytest.fixture(autouse=True)
+def _event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads them by name, in which a number follows the second: those of one process and second come in order up to 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @pytest.fixture

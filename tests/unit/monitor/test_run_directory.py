@@ -32,7 +32,9 @@ def test_a_file_is_written_whole_or_not_at_all(run):
 
 def test_one_training_at_a_time(run):
     lock = run.lock()
-    assert run.lock() == f"process {os.getpid()} on {platform.node()}"
+    with pytest.raises(BlockingIOError) as caught:
+        run.lock()
+    assert caught.value.strerror == f"process {os.getpid()} on {platform.node()}"
     lock.close()
     again = run.lock()
     assert (run.path / "lock").read_text() == f"process {os.getpid()} on {platform.node()}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -150,6 +151,12 @@ def _normed() -> nn.Module:
     return net
 
 
+def _wrapped() -> nn.Module:
+    net = Net()
+    net.head.forward = lambda x: x
+    return net
+
+
 @pytest.mark.parametrize(
     ("model", "rule", "message"),
     [
@@ -173,6 +180,7 @@ def _normed() -> nn.Module:
         (_tied, {"match": "head", "sparsity": 0.9}, "layer head shares its weight"),
         (_twice, {"match": "encode", "sparsity": 0.9}, "layer encode shares its weight"),
         (_frozen, {"match": "head", "sparsity": 0.9}, r"layer head is frozen .*sparsity: null"),
+        (_wrapped, {"match": "head", "sparsity": 0.9}, "layer head has hooks"),
         (
             _normed,
             {"match": "head", "sparsity": 0.9},
@@ -286,6 +294,12 @@ def test_encoder_layers_of_torch_call_their_layers_in_evaluation_too(pattern: st
 def test_what_is_no_list_of_rules(rules: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sparsify(Net(), rules)
+
+
+def test_rules_may_come_one_by_one_and_numbers_from_numpy() -> None:
+    rules = ({"match": "head", "sparsity": np.float32(0.5), "band": np.int64(4)} for _ in range(1))
+    (layer,) = sparsify(Net(), rules).layers
+    assert (layer.size, layer.num_active) == (4, 4)
 
 
 def test_a_sparsity_that_a_layer_has_too_few_units_for_is_told() -> None:

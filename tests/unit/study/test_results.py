@@ -75,11 +75,14 @@ def test_a_run_does_not_go_on_from_the_checkpoint_of_another_job(grid: Grid) -> 
         folder.mkdir(parents=True)
         job = run.job.model_copy(update=change).model_dump(mode="json")
         (folder / "manifest.json").write_text(json.dumps({"job": job, "world_size": ranks}))
-        (folder.parent / "latest").write_text(folder.name)
+    for step, text in enumerate(("", "[]", "{}")):  # damaged
+        damaged = grid.runs[2].directory / f"checkpoints/step-{step:08}/manifest.json"
+        damaged.parent.mkdir()
+        damaged.write_text(text)
     with pytest.raises(JobError) as caught:
         results.check_unfinished(grid.runs)
     first, second = grid.runs[:2]
     assert [line.partition("; remove the folder")[0] for line in str(caught.value).splitlines()] == [
-        f"{first.directory}: has a checkpoint of another job than the study's (ranks: 2 -> 1)",
-        f"{second.directory}: has a checkpoint of another job than the study's (seed: 9 -> 0)",
+        f"{first.directory}/checkpoints/step-00000003: is a checkpoint of another job than the study's (ranks: 2 -> 1)",
+        f"{second.directory}/checkpoints/step-00000003: is a checkpoint of another job than the study's (seed: 9 -> 0)",
     ]

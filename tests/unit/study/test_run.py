@@ -103,9 +103,10 @@ def test_a_changed_job_does_not_go_on_from_a_checkpoint(write: Write, fake: Make
     folder.mkdir(parents=True)
     job = grid.runs[1].job.model_dump(mode="json")
     (folder / "manifest.json").write_text(json.dumps({"job": job, "world_size": 1}))
-    (folder.parent / "latest").write_text(folder.name)
     workers_ = fake(grid)
-    with pytest.raises(JobError, match=r"80-rigl-seed0: has a checkpoint of another job .*'rigl' -> 'set'"):
+    with pytest.raises(
+        JobError, match=r"80-rigl-seed0/checkpoints/step-00000003: is a checkpoint of another job .*'rigl' -> 'set'"
+    ):
         run_study(write(ONE_SEED, ("method=rigl", "method=set")), command=workers_.command)
     assert workers_.log() == []
     assert run_study(write(ONE_SEED), command=workers_.command) == 0

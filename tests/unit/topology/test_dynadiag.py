@@ -248,3 +248,19 @@ def test_what_does_not_fit_is_named(sparse: dict[str, Any], method: dict[str, An
     sparsify(model, [{"match": "*", "sparsity": 0.75}], **sparse)
     with pytest.raises(ValueError, match=message):
         Topology(model, total_steps=10, **{"every": 2, **method})
+
+
+def test_where_nothing_is_kept_alpha_is_written_too() -> None:
+    """What has grown gets the mean of what was there, and the gates that are told of are those that the layer has."""
+    model, topology, optimizer = _start(explore=1.0, drop_fraction=1.0, every=1, total_steps=1000)
+    _train(model, topology, optimizer, 1)
+    before = model[0].alpha.detach().clone()
+    active = model[0].units()
+    (update,) = _train(model, topology, optimizer, 1)
+    assert update is not None
+    change = update.layers[0]
+    assert sorted(change.dropped) == active.sort().values.tolist()
+    assert not torch.equal(model[0].alpha, before)
+    gates = model[0].gates(model[0].alpha.detach(), torch.tensor(change.active))
+    torch.testing.assert_close(gates, torch.tensor(change.gates))
+    assert gates.tolist() == pytest.approx(len(change.active) * [1.0], rel=1e-6)

@@ -365,7 +365,7 @@ def test_a_shared_layer_is_named() -> None:
 def test_scores_that_are_not_finite_are_named() -> None:
     model, topology, optimizer = _start(every=1)
     model(torch.full((4, 16), float("nan"))).square().mean().backward()
-    topology._count_step()
+    topology._note_step()
     with pytest.raises(RuntimeError, match=r"layer 0: .*not finite at step 1"):
         topology.step()
     assert optimizer.state == {}
@@ -477,19 +477,51 @@ def test_a_trained_layer_is_trained_on() -> None:
         assert [layer.num_active for layer in (model[0], model[2])] == [12, 12]
 
 
-def test_the_order_of_steps_is_checked() -> None:
+class _Decorated(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, _Decorated])
+def test_the_order_of_steps_is_checked(kind: Any) -> None:
     """An update before the optimiser's step would have it apply gradients of what was dropped to what has grown in its place."""
-    model, topology, optimizer = _start("set")
+    model = _model()
+    optimizer = kind(model.parameters(), lr=0.1)
+    topology = Topology(model, method="set", every=2, total_steps=40).bind(optimizer).bind(optimizer)
     model(torch.randn(4, 16)).square().mean().backward()
     with pytest.raises(
-        RuntimeError, match=r"Topology\.step\(\) after 0 steps of the optimiser since the last one: call it once"
+        RuntimeError, match=r"Topology\.step\(\) without a step of the optimiser since the last one: call it"
     ):
         topology.step()
     assert topology.steps == 0
     optimizer.step()
     topology.step()
     topology.step(False)
-    for _ in range(2):
-        optimizer.step()
-    with pytest.raises(RuntimeError, match="after 2 steps of the optimiser"):
+    with pytest.raises(RuntimeError, match="without a step of the optimiser"):
         topology.step()
+    for _ in range(2):  # the first of which was taken back, for example
+        optimizer.step()
+    assert topology.step() is not None
+    twins = copy.deepcopy((model, optimizer, topology))
+    for _, own_optimizer, own in (twins, (model, optimizer, topology)):
+        own_optimizer.step()
+        own.step()
+    topology.close()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_inputs_may_come_from_inference_mode() -> None:
+    model, topology, optimizer = _start(every=1)
+    with torch.inference_mode():
+        x = torch.randn(4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    assert topology.step() is not None
+
+
+def test_the_last_step_is_a_share_of_all_whatever_floats_make_of_it() -> None:
+    assert Settings(total_steps=100, until=0.29).last_step == 29
+    assert Settings(total_steps=100, until=0.57).last_step == 57
+    assert Settings(total_steps=3, until=0.5).last_step == 1
