@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from dst_train.data.dataset import Batch, EvalBatch, EvalSet, TrainSet, samples
 from dst_train.data.errors import DataError
 from dst_train.data.order import EvalOrder, TrainOrder
+from dst_train.data.shards import local_shards
 from dst_train.data.store import SampleStore
 from dst_train.data.workers import ignore_signals, recorded
 from dst_train.job import BatchPlan
@@ -63,7 +65,11 @@ def check(split: Split, cache_dir: str | None = None) -> None:
 def _open(split: Split, cache_dir: str | None) -> SampleStore:
     # one byte more than is read, so that the last one has a target as well
     sequence_bytes = None if split.length is None else split.length + 1
-    store = SampleStore(split.shards, cache_dir, sequence_bytes=sequence_bytes)
+    # A thousand indexes take seconds, and a plan, a training and each evaluation want them.
+    shards = tuple(
+        (path, path.stat().st_size, path.stat().st_mtime_ns) for path in local_shards(split.shards, cache_dir)
+    )
+    store = _store(split.shards, cache_dir, sequence_bytes, shards)
     if len(store) != split.samples:
         counts = store.counts()
         usual = max(count for _, count in counts)
@@ -74,6 +80,12 @@ def _open(split: Split, cache_dir: str | None) -> SampleStore:
             f"{split.samples}{detail}"
         )
     return store
+
+
+@functools.lru_cache(maxsize=4)
+def _store(pattern: str, cache_dir: str | None, sequence_bytes: int | None, shards: tuple[Any, ...]) -> SampleStore:
+    """shards: files, sizes and times, of which a store is no longer that when they change."""
+    return SampleStore(pattern, cache_dir, sequence_bytes=sequence_bytes)
 
 
 def _check_rank(rank: int, plan: BatchPlan) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 from webdataset.autodecode import IMAGE_EXTENSIONS
 
 from dst_train.data.errors import BadSampleError, DataError
@@ -48,6 +50,7 @@ class SampleStore:
         self._sizes = [len(keys) for _, keys in tables]
         self._table = np.concatenate([rows for rows, _ in tables])
         self._keys = np.concatenate([keys for _, keys in tables])
+        self._shared: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._table)
@@ -57,7 +60,22 @@ class SampleStore:
             file.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        """The tables of a million samples are more than the pipe to a worker holds: it would have to import everything and read them
+        before the next one is started. So workers get shared memory, all of them the same."""
+        if self._shared is None:
+            keys = self._keys.view(np.uint8).reshape(len(self._keys), -1)
+            self._shared = torch.from_numpy(self._table).share_memory_(), torch.from_numpy(keys).share_memory_()
+            self._use_shared()
+        return {**self.__dict__, "_open": OrderedDict(), "_table": None, "_keys": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._use_shared()
+
+    def _use_shared(self) -> None:
+        assert self._shared is not None
+        table, keys = self._shared
+        self._table, self._keys = table.numpy(), keys.numpy().view(f"S{keys.shape[1]}").reshape(-1)
 
     def counts(self) -> list[tuple[Path, int]]:
         """Every shard and its number of samples."""

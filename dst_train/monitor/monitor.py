@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -12,9 +13,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dst_train.monitor.run_directory import LISTED_UNITS, RunDirectory
 from dst_train.sparse import SparsityReport
-from dst_train.topology import LayerUpdate, TopologyUpdate
+from dst_train.topology import TopologyUpdate
 
 PICTURE_ROWS = 256
+# Of the time of a run, what pictures and histograms may take: all ranks wait for them.
+DRAWING_SHARE = 0.01
 
 
 class Monitor:
@@ -44,7 +47,9 @@ class Monitor:
         self._total_steps = total_steps
         self._write = write or _write_stdout
         run.truncate_topology(start_step)
-        self._history = {name: rows[-PICTURE_ROWS:] for name, rows in run.active_units().items()}
+        self._history = run.active_units(PICTURE_ROWS)
+        self._started, self._drawing = time.perf_counter(), 0.0
+        self._last: tuple[TopologyUpdate, bool] | None = None
         self._log = run.log.open("a", encoding="utf-8")
         if tensorboard:
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
@@ -71,7 +76,7 @@ class Monitor:
             self._say(f"step {step}/{self._total_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in scalars.items()))
 
     def topology(self, update: TopologyUpdate, report: SparsityReport) -> None:
-        """Scalars and pictures of a topology update, and its lines in topology.jsonl."""
+        """Scalars of a topology update, and its lines in topology.jsonl; pictures of it as far as DRAWING_SHARE allows, and of the last one."""
         if self._quiet:
             return
         self._run.append_topology(update)
@@ -96,20 +101,28 @@ class Monitor:
                 value = getattr(layer, name)
                 if value is not None:
                     scalars[f"topology/{name}/{layer.name}"] = value
-            self._picture(layer, update.step)
+            if layer.num_units <= LISTED_UNITS:
+                rows = self._history.setdefault(layer.name, [])
+                rows.append(layer.active)
+                del rows[:-PICTURE_ROWS]
+        draws = self._drawing <= DRAWING_SHARE * (time.perf_counter() - self._started)
+        self._last = update, draws
+        if draws:
+            self._draw(update)
         self._scalars(update.step, scalars)
 
-    def _picture(self, layer: LayerUpdate, step: int) -> None:
+    def _draw(self, update: TopologyUpdate) -> None:
         """The active units over the updates, where a line of them is short enough to see, and the gates."""
-        if self._writer is not None and layer.gates is not None:
-            self._writer.add_histogram(f"gates/{layer.name}", torch.tensor(layer.gates), step)
-        if layer.num_units > LISTED_UNITS:
+        if self._writer is None:
             return
-        rows = self._history.setdefault(layer.name, [])
-        rows.append(layer.active)
-        del rows[:-PICTURE_ROWS]
-        if self._writer is not None:
-            self._writer.add_image(f"units/{layer.name}", picture(rows, layer.num_units), step, dataformats="HW")
+        begun = time.perf_counter()
+        for layer in update.layers:
+            if layer.gates is not None:
+                self._writer.add_histogram(f"gates/{layer.name}", torch.tensor(layer.gates), update.step)
+            if layer.num_units <= LISTED_UNITS:
+                image = picture(self._history[layer.name], layer.num_units)
+                self._writer.add_image(f"units/{layer.name}", image, update.step, dataformats="HW")
+        self._drawing += time.perf_counter() - begun
 
     def message(self, text: str) -> None:
         """A line on the terminal and in log.txt."""
@@ -118,6 +131,9 @@ class Monitor:
 
     def close(self) -> None:
         if not self._quiet:
+            if self._last is not None and not self._last[1]:
+                self._draw(self._last[0])
+            self._last = None
             self._log.close()
             if self._writer is not None:
                 self._writer.close()

@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import platform
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -80,28 +82,36 @@ class RunDirectory:
                     entry[key] = units if layer.num_units <= LISTED_UNITS else len(units)
                 for key in TOLD:
                     entry[key] = getattr(layer, key)
+                if layer.gates is not None:  # all digits of all gates would be most of the file
+                    entry["gates"] = [round(gate, 4) for gate in layer.gates]
                 file.write(json.dumps(entry) + "\n")
 
     def truncate_topology(self, after_step: int) -> None:
         """Forget updates after a step: a resumed run makes them again. A last line cut by a crash goes too."""
-        if not self.topology.is_file():
-            return
-        kept = []
-        for line in self.topology.read_text(encoding="utf-8").splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except ValueError:
-                break
-            if step <= after_step:
-                kept.append(line + "\n")
-        self.write_text(self.topology.name, "".join(kept))
+        if self.topology.is_file():
+            kept = [end for step, _, end in self._lines() if step <= after_step]
+            os.truncate(self.topology, kept[-1] if kept else 0)
 
-    def active_units(self) -> dict[str, list[tuple[int, ...]]]:
-        """By layer, the active units after each update so far, as far as they are listed."""
+    def active_units(self, updates: int) -> dict[str, list[tuple[int, ...]]]:
+        """By layer, the active units after each of the newest updates, as far as they are listed."""
         history: dict[str, list[tuple[int, ...]]] = {}
         if self.topology.is_file():
-            for line in self.topology.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                if isinstance(entry["active"], list):
-                    history.setdefault(entry["layer"], []).append(tuple(entry["active"]))
+            first = {step: start for step, start, _ in reversed(list(self._lines()))}
+            with self.topology.open("rb") as file:
+                file.seek(sorted(first.values())[-updates:][0] if first else 0)
+                for line in file:
+                    entry = json.loads(line)
+                    if isinstance(entry["active"], list):
+                        history.setdefault(entry["layer"], []).append(tuple(entry["active"]))
         return history
+
+    def _lines(self) -> Iterator[tuple[int, int, int]]:
+        """Step, start and end of each whole line of topology.jsonl, which may have hundreds of MB: only the steps are read."""
+        with self.topology.open("rb") as file:
+            start = 0
+            for line in file:
+                found = re.match(rb'\{"step": (\d+), .*\}\n$', line, re.DOTALL)
+                if found is None:
+                    return
+                yield int(found[1]), start, start + len(line)
+                start += len(line)

@@ -88,16 +88,18 @@ def gather(
     pieces: list[Tensor] = []
     for name, layer in layers.items():
         sums = editor.sums(layer.stored, layer.slot_of, layer.units().numel())
-        gradient = gradients.get(name, sums.new_zeros(layer.num_units))
-        alpha = sums.new_zeros(2, layer.num_units)
+        pieces.append(sums[1:].flatten())
+        if name in gradients:  # of a mask it is as large as the weight: what is not there is not sent as zeros
+            pieces.append(gradients[name])
         if layer.alpha is not None:
-            alpha = editor.sums(layer.alpha, lambda element: element, layer.num_units)[[0, 2]]
-        pieces += [sums[1:].flatten(), gradient, alpha.flatten()]
+            pieces.append(editor.sums(layer.alpha, lambda element: element, layer.num_units)[[0, 2]].flatten())
     lengths = [piece.numel() for piece in pieces]
     parts = iter(ranks.sum_(torch.cat(pieces)).cpu().split(lengths))
     result = {}
     for name, layer in layers.items():
-        values, gradient, alpha = next(parts).view(2, -1) / layer.unit_entries, next(parts), next(parts).view(2, -1)
+        values = next(parts).view(2, -1) / layer.unit_entries
+        gradient = next(parts) if name in gradients else values.new_zeros(layer.num_units)
+        alpha = next(parts).view(2, -1) if layer.alpha is not None else values.new_zeros(2, layer.num_units)
         if not all(bool(t.isfinite().all()) for t in (values, gradient, alpha)):
             raise RuntimeError(f"layer {name}: values, second moments or growth signal are not finite at step {step}")
         result[name] = Scores(values[0], values[1], gradient / ranks.world_size, alpha[0], alpha[1])

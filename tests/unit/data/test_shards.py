@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from dst_train.data import BadSampleError, DataError, check, eval_loader, index, train_loader, write_shards
+from dst_train.data import BadSampleError, DataError, check, eval_loader, index, loader, train_loader, write_shards
 from dst_train.data.dataset import Images
 from dst_train.data.files import atomic_file
 from dst_train.data.index import load_index
@@ -423,3 +424,29 @@ if __name__ == "__main__":
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "training failed" in done.stderr
+
+
+def test_a_worker_is_sent_no_tables(shards):
+    """Those of a million samples fill the pipe to it, so that workers would start one after the other."""
+    store = SampleStore(str(shards[0]))
+    read = [store.read(i) for i in range(10)], [store.name(i) for i in range(10)]
+    store._table, store._keys = np.tile(store._table, (20000, 1)), np.tile(store._keys, 20000)
+    for _ in range(2):  # two workers
+        sent = ForkingPickler.dumps(store)
+        assert len(sent) < 2**16
+    again = ForkingPickler.loads(sent)
+    assert len(again) == len(store) == 200_000
+    for one in (store, again):
+        assert ([one.read(i) for i in range(10)], [one.name(i) for i in range(10)]) == read
+
+
+def test_indexes_are_read_once_as_long_as_shards_stay(split, shards, monkeypatch):
+    made = []
+    monkeypatch.setattr(loader, "SampleStore", lambda *args, **kw: made.append(args) or SampleStore(*args, **kw))
+    loader._store.cache_clear()
+    for _ in range(2):
+        check(Split(**split))
+    assert len(made) == 1
+    os.utime(shards[0], (1, 1))
+    check(Split(**split))
+    assert len(made) == 2

@@ -13,12 +13,17 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dst_train.monitor import Monitor, RunDirectory
+from dst_train.monitor import Monitor, RunDirectory, monitor
 from dst_train.monitor.monitor import PICTURE_ROWS, picture
 from dst_train.monitor.run_directory import LISTED_UNITS
 from dst_train.sparse import SparsityReport
 
 Open = Callable[..., Monitor]
+
+
+@pytest.fixture(autouse=True)
+def _draws_at_each_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "DRAWING_SHARE", math.inf)
 
 
 @pytest.fixture
@@ -27,13 +32,13 @@ def open_monitor(run: RunDirectory) -> Iterator[Open]:
     opened: list[Monitor] = []
 
     def open_(start_step: int = 0, *, rank: int = 0, tensorboard: bool = True, write=lambda text: None) -> Monitor:
-        monitor = Monitor(run, rank=rank, tensorboard=tensorboard, total_steps=100, start_step=start_step, write=write)
-        opened.append(monitor)
-        return monitor
+        one = Monitor(run, rank=rank, tensorboard=tensorboard, total_steps=100, start_step=start_step, write=write)
+        opened.append(one)
+        return one
 
     yield open_
-    for monitor in opened:
-        monitor.close()
+    for one in opened:
+        one.close()
 
 
 def _train(monitor: Monitor, steps: range, make_update, report: SparsityReport) -> None:
@@ -126,7 +131,7 @@ def test_resuming_after_a_crash_shows_each_step_once(open_monitor, run, make_upd
     assert _steps(reader, "eval/accuracy") == [5, 10, 15, 20, 25, 30]
     assert _steps(reader, "topology/churn") == [4, 8, 12, 16, 20, 24, 28]
     assert [event.step for event in reader.Images("units/fc")] == [4, 8, 12, 16, 20, 24, 28]
-    assert len(run.active_units()["fc"]) == 7
+    assert len(run.active_units(9)["fc"]) == 7
 
 
 def test_starting_again_after_a_crash_before_the_first_checkpoint(open_monitor, run, make_update, report):
@@ -174,7 +179,7 @@ def test_a_last_line_cut_by_a_crash_does_not_stop_the_resume(open_monitor, run, 
     with run.topology.open("a") as file:
         file.write('{"step": 8, "num')
     open_monitor(start_step=6).topology(make_update(8), report)
-    assert run.active_units() == {"fc": [(1, 2, 3), (2, 3, 4)]}
+    assert run.active_units(9) == {"fc": [(1, 2, 3), (2, 3, 4)]}
 
 
 def test_the_progress_line(open_monitor, run):
@@ -214,7 +219,7 @@ def test_without_tensorboard_the_files_for_people_stay(open_monitor, run, make_u
     _train(open_monitor(tensorboard=False), range(1, 6), make_update, report)
     assert not run.tensorboard.exists()
     assert len(run.log.read_text().splitlines()) == 6
-    assert list(run.active_units()) == ["fc"]
+    assert list(run.active_units(9)) == ["fc"]
 
 
 def test_other_ranks_write_nothing(open_monitor, run, make_update, report, capsys):
@@ -228,3 +233,19 @@ def test_other_ranks_write_nothing(open_monitor, run, make_update, report, capsy
     assert capsys.readouterr().out == ""
     assert [path.name for path in run.path.iterdir()] == ["topology.jsonl"]
     assert run.topology.read_text() == before
+
+
+def test_pictures_take_their_share_of_the_time_and_the_last_one_comes(
+    open_monitor, run, make_update, report, monkeypatch
+):
+    clock = iter([0.0, 10.0, 10.0, 10.2, 14.0, 25.0, 25.0, 25.1, 26.0, 27.0, 27.5])
+    monkeypatch.setattr(monitor, "DRAWING_SHARE", 0.01)
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(clock))
+    writes = open_monitor()
+    for step in (4, 8, 12, 16):  # drawn in 0.2 s after 10, not after 14, in 0.1 s after 25, not after 26
+        writes.topology(make_update(step), report)
+    assert [event.step for event in _read(run.tensorboard).Images("units/fc")] == [4, 12]
+    writes.close()
+    images = _read(run.tensorboard).Images("units/fc")
+    assert [event.step for event in images] == [4, 12, 16]
+    assert _image(images[-1]).shape == (4, 8)

@@ -65,7 +65,8 @@ def test_topology_has_a_line_for_each_update_and_layer(run, make_update):
         "moved": None,
         "digest": "digest1",
     }
-    assert run.active_units() == {"a": [(1, 2, 3), (2, 3, 4)], "b": [(1, 2, 3), (2, 3, 4)]}
+    assert run.active_units(9) == {"a": [(1, 2, 3), (2, 3, 4)], "b": [(1, 2, 3), (2, 3, 4)]}
+    assert run.active_units(1) == {"a": [(2, 3, 4)], "b": [(2, 3, 4)]}
 
 
 def test_units_of_a_large_layer_are_counted(run, make_update):
@@ -75,7 +76,7 @@ def test_units_of_a_large_layer_are_counted(run, make_update):
         run.append_topology(update)
     first, second = (json.loads(line) for line in run.topology.read_text().splitlines())
     assert (first["active"], second["active"], second["dropped"], second["grown"]) == ([1, 2, 3], 3, 1, 1)
-    assert run.active_units() == {"fc": [(1, 2, 3)]}
+    assert run.active_units(9) == {"fc": [(1, 2, 3)]}
 
 
 @pytest.mark.parametrize(("after_step", "kept"), [(0, []), (7, [4]), (8, [4, 8]), (99, [4, 8, 12])])
@@ -101,4 +102,4 @@ def test_a_cut_last_line_is_forgotten(run, make_update, cut):
 def test_a_run_without_updates_has_nothing_to_forget(run):
     run.truncate_topology(10)
     assert not run.topology.exists()
-    assert run.active_units() == {}
+    assert run.active_units(9) == {}
