@@ -59,9 +59,8 @@ def _gpu(count: int) -> int:
     """
     local = int(os.environ["LOCAL_RANK"])
     if count == 1 and local:
-        os.environ["LOCAL_RANK"] = (
-            "0"  # each rank was given one of its own, and DeepSpeed takes this for the GPU's number
-        )
+        # Each rank was given one of its own, and DeepSpeed takes this for the GPU's number.
+        os.environ["LOCAL_RANK"] = "0"
         return 0
     if local >= count:
         raise RuntimeError(

@@ -86,9 +86,8 @@ class GrowthSignal:
     @torch.no_grad()
     def _on_gradient(self, name: str, x: Tensor, version: int | None, dy: Tensor) -> None:
         layer = self._layers[name]
-        if (
-            version is not None and x._version != version
-        ):  # autograd says so itself, unless the product was of a copy, as it is in autocast
+        # Autograd says so itself, unless the product was of a copy, as it is in autocast.
+        if version is not None and x._version != version:
             raise RuntimeError(
                 f"the input of layer {name} was changed in place after the layer had read it, so that its gradient is lost to the "
                 "growth signal; let what follows make a new tensor (h = h + y in place of h += y)"
