@@ -62,7 +62,7 @@ class SampleStore:
     def __getstate__(self) -> dict[str, Any]:
         """The tables of a million samples are more than the pipe to a worker holds: it would have to import everything and read them
         before the next one is started. So workers get shared memory, all of them the same."""
-        if self._shared is None:
+        if self._shared is None or not self._shared[0].is_shared():  # not: of a copy
             keys = self._keys.view(np.uint8).reshape(len(self._keys), -1)
             self._shared = torch.from_numpy(self._table).share_memory_(), torch.from_numpy(keys).share_memory_()
             self._use_shared()

@@ -25,6 +25,8 @@ from dst_train.processes import free_port
 from dst_train.sparse import SparsityReport
 from dst_train.topology import Topology
 
+YEAR = 365.0 * 24 * 60  # in minutes
+
 
 @dataclass(frozen=True)
 class Session:
@@ -58,7 +60,7 @@ def _gpu(count: int) -> int:
         RuntimeError: it sees fewer than there are ranks on its node.
     """
     local = int(os.environ["LOCAL_RANK"])
-    if count == 1 and local:
+    if count == 1 and local and "CUDA_VISIBLE_DEVICES" in os.environ:
         # Each rank was given one of its own, and DeepSpeed takes this for the GPU's number.
         os.environ["LOCAL_RANK"] = "0"
         return 0
@@ -73,7 +75,7 @@ def _gpu(count: int) -> int:
 def be_patient(minutes: float) -> None:
     """Gives every process group more time than the watchdog takes to end a rank that hangs: groups of NCCL have 10 minutes, and end the
     ranks that wait without a word of where. Also for what does not count as hanging, as copying shards."""
-    limit = datetime.timedelta(minutes=2 * minutes + 60)
+    limit = datetime.timedelta(minutes=min(2 * minutes + 60, YEAR))  # more overflows in gloo
     # torch 2.11 has it under another name.
     set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout
     for group in list(c10d._world.pg_map):

@@ -100,7 +100,10 @@ class RunDirectory:
             with self.topology.open("rb") as file:
                 file.seek(sorted(first.values())[-updates:][0] if first else 0)
                 for line in file:
-                    entry = json.loads(line)
+                    try:
+                        entry = json.loads(line)
+                    except ValueError:  # damaged in its middle: pictures lack a row
+                        continue
                     if isinstance(entry["active"], list):
                         history.setdefault(entry["layer"], []).append(tuple(entry["active"]))
         return history

@@ -1,5 +1,6 @@
 """Shards that are missing, damaged, remote or changed, and their indexes."""
 
+import copy
 import io
 import json
 import logging
@@ -436,7 +437,10 @@ def test_a_worker_is_sent_no_tables(shards):
         assert len(sent) < 2**16
     again = ForkingPickler.loads(sent)
     assert len(again) == len(store) == 200_000
-    for one in (store, again):
+    copied = copy.deepcopy(store)
+    assert len(ForkingPickler.dumps(copied)) < 2**16
+    assert copied._table.base.data_ptr() == copied._shared[0].data_ptr()  # not what was freed when it became shared
+    for one in (store, again, copied):
         assert ([one.read(i) for i in range(10)], [one.name(i) for i in range(10)]) == read
 
 

@@ -37,3 +37,20 @@ def test_a_rank_with_a_gpu_of_its_own_takes_that(monkeypatch: pytest.MonkeyPatch
     assert session._gpu(8) == 3
     assert session._gpu(1) == 0
     assert os.environ["LOCAL_RANK"] == "0"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(
+        RuntimeError, match=r"LOCAL_RANK is 1 and this process sees 1 GPUs \(CUDA_VISIBLE_DEVICES is not set"
+    ):
+        session._gpu(1)
+
+
+def test_patience_ends_where_clocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(session.c10d, "_world", SimpleNamespace(pg_map={"all": None}))
+    monkeypatch.setattr(
+        session.c10d, "set_timeout", lambda limit, group: asked.append(limit.total_seconds()), raising=False
+    )
+    for minutes in (30.0, 1e15):
+        session.be_patient(minutes)
+    assert asked == [7200.0, 365 * 24 * 3600.0]

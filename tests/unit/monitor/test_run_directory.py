@@ -99,6 +99,15 @@ def test_a_cut_last_line_is_forgotten(run, make_update, cut):
     assert run.topology.read_text() == whole
 
 
+def test_a_line_that_was_damaged_in_its_middle_is_passed_over(run, make_update):
+    for step in (4, 8):
+        run.append_topology(make_update(step))
+    raw = run.topology.read_bytes()
+    run.topology.write_bytes(raw[:60] + bytes(20) + raw[80:])
+    run.truncate_topology(8)
+    assert run.active_units(9) == {"fc": [(2, 3, 4)]}
+
+
 def test_a_run_without_updates_has_nothing_to_forget(run):
     run.truncate_topology(10)
     assert not run.topology.exists()
