@@ -24,7 +24,7 @@ axes:
     set: [topology.method=set]
     mest: [topology.method=mest]
     rigl: [topology.method=rigl]
-    long: [topology.method=static, train.steps=200]
+    long: [topology.method=static, train.steps=1000]
 columns: method
 parallel: 2
 """
@@ -65,7 +65,7 @@ def test_a_study_is_interrupted_continued_and_not_run_again(write_job: Any, run_
     assert (process.returncode, err) == (0, "")
     assert out.startswith("[4/4] long-seed3  accuracy ")
     assert "resumed step-" in last.read_text()
-    assert "step 200/200" in last.read_text()
+    assert "step 1000/1000" in last.read_text()
     assert "4 of 4 runs" in (tmp_path / "out/table.md").read_text()
     assert [path.stat().st_mtime_ns for path in finished] == before
 
