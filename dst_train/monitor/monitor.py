@@ -49,7 +49,7 @@ class Monitor:
         run.truncate_topology(start_step)
         self._history = run.active_units(PICTURE_ROWS)
         self._started, self._drawing = time.perf_counter(), 0.0
-        self._last: tuple[TopologyUpdate, bool] | None = None
+        self._undrawn: TopologyUpdate | None = None
         self._log = run.log.open("a", encoding="utf-8")
         if tensorboard:
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
@@ -105,14 +105,14 @@ class Monitor:
                 rows = self._history.setdefault(layer.name, [])
                 rows.append(layer.active)
                 del rows[:-PICTURE_ROWS]
-        draws = self._drawing <= DRAWING_SHARE * (time.perf_counter() - self._started)
-        self._last = update, draws
-        if draws:
+        self._undrawn = update
+        if self._drawing <= DRAWING_SHARE * (time.perf_counter() - self._started):
             self._draw(update)
         self._scalars(update.step, scalars)
 
     def _draw(self, update: TopologyUpdate) -> None:
         """The active units over the updates, where a line of them is short enough to see, and the gates."""
+        self._undrawn = None
         if self._writer is None:
             return
         begun = time.perf_counter()
@@ -131,9 +131,8 @@ class Monitor:
 
     def close(self) -> None:
         if not self._quiet:
-            if self._last is not None and not self._last[1]:
-                self._draw(self._last[0])
-            self._last = None
+            if self._undrawn is not None:
+                self._draw(self._undrawn)
             self._log.close()
             if self._writer is not None:
                 self._writer.close()

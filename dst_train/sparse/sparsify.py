@@ -245,15 +245,11 @@ def _keep_off_the_fast_path(model: nn.Module) -> None:
     """In evaluation mode torch's encoder layers read the weights of their children instead of calling them, where the activation is one
     of which they have a fused version: without such a mark they call them, as in training."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, SparseLayer | _NotDynamic) for child in module.modules()
-        ):
-            module.activation_relu_or_gelu = 0
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(child, SparseLayer | _NotDynamic) for child in module.modules()
-        ):
-            module.use_nested_tensor = False
+        if any(isinstance(child, SparseLayer | _NotDynamic) for child in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
 
 
 def _module(
