@@ -15,6 +15,8 @@ from typing import Any
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # What a rank has to know.
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What asks a training to save and end.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A rank waits in a collective for one that has failed, and does not heed SIGTERM there.
 EXIT_SECONDS = 10.0
 
@@ -103,8 +105,7 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
 def signals() -> Iterator[list[int]]:
     """A list to which SIGTERM, SIGINT and SIGUSR1 are added as they come, instead of ending the process."""
     received: list[int] = []
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in watched}
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in STOPS}
     try:
         yield received
     finally:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
+from dst_train.processes import STOPS
+
 _started: list[BaseProcess] = []
-# What asks a training to save and end.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def ignore_signals(worker_id: int) -> None:

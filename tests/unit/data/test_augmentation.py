@@ -14,8 +14,8 @@ from PIL import Image
 from dst_train.data import DataError, train_loader, write_shards
 from dst_train.data.store import SampleStore
 from dst_train.data.transforms import transform
-from dst_train.data.workers import STOPS
 from dst_train.job import BatchPlan
+from dst_train.processes import STOPS
 
 
 @pytest.fixture
