@@ -11,7 +11,7 @@ from pathlib import Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0; 1 when training or a run of a study failed; 2 when the job or study cannot be run as written, or
-    there is nothing to export; 130 after Ctrl-C in a study."""
+    there is nothing to export; 130 after Ctrl-C or another signal that stops a study."""
     parser = argparse.ArgumentParser(prog="dst-train", description="Declarative dynamic sparse training.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     plan = verbs.add_parser("plan", help="check a job and print what it would do; needs no GPU")

@@ -6,7 +6,6 @@ import datetime
 import fcntl
 import importlib.util
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from dst_train.job import JobError
+from dst_train.processes import signals
 from dst_train.study import report, results, workers
 from dst_train.study.grid import Grid, Run, build
 
 INTERRUPTED = 130
+STOPPED = "stopped; the same command continues"
 
 
 def run_study(
@@ -30,7 +31,7 @@ def run_study(
         only_table: write the outputs from what is there, and run nothing.
         command: of a worker.
 
-    Returns the exit code: 0, 1 when a run failed, 130 after Ctrl-C.
+    Returns the exit code: 0, 1 when a run failed, 130 after Ctrl-C, SIGTERM or SIGUSR1.
 
     Raises:
         JobError: the study cannot be run as written, or holds results of other jobs.
@@ -63,19 +64,21 @@ def _run(grid: Grid, lock: int, command: Sequence[str]) -> int:
     pending = [run for run in grid.runs if run.name not in found]
     results.check_unfinished(pending)
     failed: dict[str, str] = {}
-    interrupted = False
     try:
-        with _signals_as_ctrl_c():
-            if pending:
-                _prepare(pending)
-            with closing(workers.execute(pending, grid.study.parallel, lock=lock, command=command)) as over:
-                _follow(grid, over, len(pending), failed)
+        if pending:
+            _prepare(pending)  # may take minutes, with nothing to save: a signal ends it as it would any program
     except KeyboardInterrupt:
-        interrupted = True
-        print("stopped; the same command continues", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
+        return INTERRUPTED
+    # Noted, not raised: Python drops an exception that a handler raises within a __del__ or a callback of its collector.
+    with signals() as received:
+        with closing(workers.execute(pending, grid.study.parallel, received, lock=lock, command=command)) as over:
+            _follow(grid, over, len(pending), failed)
+        if received:
+            print(STOPPED, file=sys.stderr)
     for name, error in failed.items():
         print(f"failed: {name}: {error}", file=sys.stderr)
-    return INTERRUPTED if interrupted else int(bool(failed))
+    return INTERRUPTED if received else int(bool(failed))
 
 
 def _follow(grid: Grid, over: Iterator[tuple[Run, str | None]], pending: int, failed: dict[str, str]) -> None:
@@ -117,15 +120,3 @@ def _locked(folder: Path) -> Iterator[int]:
                 f"{folder}: this study is running already, or a run of one that was killed has yet to end"
             ) from error
         yield file.fileno()
-
-
-@contextmanager
-def _signals_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM too, and SIGINT also where a shell started this in the background, which has it ignored."""
-    watched = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, signal.default_int_handler) for number in watched}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

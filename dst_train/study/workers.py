@@ -23,18 +23,20 @@ from dst_train.study.grid import Run
 COMMAND = (sys.executable, "-m", "dst_train.study.worker")
 # A rank that is asked to stop finishes its step and writes a checkpoint.
 GRACE_SECONDS = 60.0
+# How long a signal may wait to be seen.
+WAIT_SECONDS = 0.5
 # A rank that has failed prints its traceback and exits; what it leaves behind (threads, a process group) may hold it there.
 EXIT_SECONDS = 30.0
 
 
 def execute(
-    runs: Sequence[Run], parallel: int, *, lock: int, command: Sequence[str] = COMMAND
+    runs: Sequence[Run], parallel: int, received: Sequence[int], *, lock: int, command: Sequence[str] = COMMAND
 ) -> Generator[tuple[Run, str | None], None, None]:
     """Run all, `parallel` at a time; yields each run when it is over, with its error or None.
 
-    Closing the iterator stops what is running, at a step with a checkpoint. lock: a file descriptor that the processes hold
-    open, so that the lock on it lasts as long as any of them. Where there are GPUs each rank has one of its own, and a run waits
-    until as many as it has ranks are free.
+    It ends early once there is a signal in `received`. That, and closing it, stop what is running, at a step with a checkpoint.
+    lock: a file descriptor that the processes hold open, so that the lock on it lasts as long as any of them. Where there are
+    GPUs each rank has one of its own, and a run waits until as many as it has ranks are free.
 
     Raises:
         JobError: a run has more ranks than there are GPUs.
@@ -47,7 +49,7 @@ def execute(
     busy: dict[Group, Run] = {}
     idle: list[Group] = []
     try:
-        while pending or busy:
+        while (pending or busy) and not received:
             while pending and len(busy) < parallel:
                 ranks = pending[0].ranks
                 group = next((g for g in idle if g.ranks == ranks), None)
@@ -65,7 +67,7 @@ def execute(
                     group = Group(ranks, threads, lock, command, free[:ranks])
                 busy[group] = pending[0]
                 group.start(pending.popleft())
-            ready = wait([pipe for group in busy for pipe in group.awaited])
+            ready = wait([pipe for group in busy for pipe in group.awaited], WAIT_SECONDS)
             for group in [g for g in busy if g.take_answers(ready)]:
                 run = busy.pop(group)
                 if group.error is None and run.job.deepspeed.zero_optimization.stage == 3:

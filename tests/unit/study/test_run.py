@@ -33,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _execute(runs: Sequence[Run], fake: Fake, parallel: int = 1) -> dict[str, str | None]:
     read, write = os.pipe()
-    with closing(workers.execute(runs, parallel, lock=write, command=fake.command)) as over:
+    with closing(workers.execute(runs, parallel, [], lock=write, command=fake.command)) as over:
         ended = {run.name: error for run, error in over}
     os.close(write)
     os.close(read)
@@ -125,19 +125,31 @@ def test_folders_that_cannot_be_made_are_named_before_anything_runs(
     assert workers_.log() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_an_interrupted_study_stops_its_workers(
     write: Write, fake: Make, number: int, capsys: pytest.CaptureFixture
 ) -> None:
     path = write(ONE_SEED)
     workers_ = fake(build(path))
     workers_.make("80-rigl-seed0", f"signal {int(number)}")
+    before = signal.getsignal(number)
     assert run_study(path, command=workers_.command) == command.INTERRUPTED
     assert (workers_.folder / "stopped").exists()
     said = capsys.readouterr()
     assert said.err == "stopped; the same command continues\n"
     assert "1 of 3 runs" in said.out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) is before
+
+
+def test_a_study_is_interrupted_before_anything_runs(
+    write: Write, fake: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = write(ONE_SEED)
+    workers_ = fake(build(path))
+    monkeypatch.setattr(command, "_prepare", lambda pending: signal.raise_signal(signal.SIGINT))
+    assert run_study(path, command=workers_.command) == command.INTERRUPTED
+    assert capsys.readouterr().err == "stopped; the same command continues\n"
+    assert workers_.log() == []
 
 
 def test_one_study_at_a_time_and_none_beside_a_worker_of_a_killed_one(write: Write, fake: Make) -> None:
