@@ -28,7 +28,7 @@ class MaskedLinear(SparseLayer):
     Attributes:
         weight: Parameter [out_features, in_features]; zero where the mask is.
         mask: bool buffer [out_features, in_features].
-        rows, columns: of `shuffled_block`, int64 buffers with the place of each row and column in that order.
+        rows, columns: of `shuffled_block`, int64 buffers with the place of each row and column in that order; else None.
 
     Args:
         size: of `n_m`, blocks and `tile_wise`; must divide in_features (not of `tile_wise`) and out_features (not of `n_m`).
@@ -40,9 +40,8 @@ class MaskedLinear(SparseLayer):
     """
 
     mask: Tensor
-    rows: Tensor
-    columns: Tensor
-    _unit: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
 
     def __init__(
         self,
@@ -71,24 +70,24 @@ class MaskedLinear(SparseLayer):
         ):
             if size < 1 or (pattern != unless and features % size):
                 raise ValueError(f"size={size}: must divide {key}={features}")
-        self.in_features, self.out_features, self.pattern, self._size = in_features, out_features, pattern, size
+        self.in_features, self.out_features, self.pattern = in_features, out_features, pattern
         device = torch.get_default_device() if device is None else device
-        unit, self.num_groups = _partition(pattern, out_features, in_features, size)
-        if pattern == "shuffled_block":
-            self.register_buffer("rows", torch.randperm(out_features, generator=generator, device="cpu").to(device))
-            self.register_buffer("columns", torch.randperm(in_features, generator=generator, device="cpu").to(device))
-            self.register_load_state_dict_post_hook(_take_order)
-            unit = self._shuffled()
-        self.num_units = int(unit.max()) + 1
-        self.unit_entries = unit.numel() // self.num_units
+        self._height = 1 if pattern in ("unstructured", "constant_fan_in", "n_m") else size
+        self._width = size if "block" in pattern else 1
+        self.num_units = out_features // self._height * (in_features // self._width)
+        self.unit_entries = self._height * self._width
+        self.num_groups = {"constant_fan_in": out_features, "n_m": out_features * in_features // size}.get(pattern, 1)
+        for name, features in (("rows", out_features), ("columns", in_features)):
+            shuffled = pattern == "shuffled_block"
+            order = torch.randperm(features, generator=generator, device="cpu").to(device) if shuffled else None
+            self.register_buffer(name, order)
         in_group = self.num_units // self.num_groups
         final = count_active(1.0 - sparsity, in_group)
         start = round(min(explore * final, float(in_group)))
         self.num_final, self.num_start = final * self.num_groups, start * self.num_groups
         chosen = torch.rand(self.num_groups, in_group, generator=generator, device="cpu").argsort(1)[:, :start]
         active = torch.zeros(self.num_groups, in_group, dtype=torch.bool, device="cpu").scatter_(1, chosen, True)
-        self.register_buffer("_unit", unit.to(device=device), persistent=False)
-        self.register_buffer("mask", active.flatten()[unit].to(device=device))
+        self.register_buffer("mask", self._spread(active.to(device=device)))
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.alpha = None
@@ -100,33 +99,55 @@ class MaskedLinear(SparseLayer):
 
     def units(self) -> Tensor:
         """Slot u holds unit u, or none."""
-        units = torch.full((self.num_units,), -1, device="cpu")
-        present = self._unit[self.mask].cpu()
-        units[present] = present
-        return units
+        active = self._cut(self.mask)[:, 0, :, 0].flatten().cpu()
+        return torch.arange(self.num_units, device="cpu").masked_fill_(~active, -1)
+
+    @property
+    def num_active(self) -> int:
+        return int(self.mask.sum()) // self.unit_entries
 
     @torch.no_grad()
     def replace(self, dropped: Tensor, grown: Tensor) -> Tensor:
         active = self.units() >= 0
         active[dropped], active[grown] = False, True
-        self.mask.copy_(active.to(self.mask.device)[self._unit])
+        self.mask.copy_(self._spread(active))
         return torch.cat([dropped, grown])
 
     def slot_of(self, element: Tensor) -> Tensor:
-        return self._unit.flatten()[element]
+        if self.unit_entries == 1:
+            return element
+        row, column = element.div(self.in_features, rounding_mode="floor"), element % self.in_features
+        if self.rows is not None and self.columns is not None:
+            row, column = self.rows.to(row.device)[row], self.columns.to(row.device)[column]
+        row, column = row.div(self._height, rounding_mode="floor"), column.div(self._width, rounding_mode="floor")
+        return row * (self.in_features // self._width) + column
 
     def elements(self, slots: Tensor) -> Tensor:
         wanted = torch.zeros(self.num_units, dtype=torch.bool, device="cpu")
         wanted[slots] = True
-        return torch.nonzero(wanted[self._unit.cpu()].flatten()).flatten()
+        return torch.nonzero(self._spread(wanted).flatten()).flatten()
 
     def unit_scores(self, x: Tensor, dy: Tensor, reduce: Reduce | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             gradient = dy.float().t() @ x.float()
         if reduce is not None:
             gradient = reduce(gradient, 0)
-        sums = gradient.new_zeros(self.num_units)
-        return sums.index_add_(0, self._unit.flatten(), gradient.abs().flatten()) / self.unit_entries
+        return self._cut(gradient.abs()).mean((1, 3)).flatten()
+
+    def _cut(self, matrix: Tensor) -> Tensor:
+        """[out_features, in_features] into its units: [row of units, row within, column of units, column within]."""
+        if self.rows is not None and self.columns is not None:
+            matrix = matrix[self.rows.argsort()][:, self.columns.argsort()]
+        return matrix.reshape(-1, self._height, self.in_features // self._width, self._width)
+
+    def _spread(self, of_unit: Tensor) -> Tensor:
+        """[num_units] to [out_features, in_features]: what its unit has, for each entry."""
+        across = self.in_features // self._width
+        matrix = of_unit.view(-1, 1, across, 1).expand(-1, self._height, across, self._width)
+        matrix = matrix.reshape(self.out_features, self.in_features)
+        if self.rows is not None and self.columns is not None:
+            matrix = matrix[self.rows.to(matrix.device)][:, self.columns.to(matrix.device)]
+        return matrix
 
     def reset_parameters(self) -> None:
         """nn.Linear's uniform initialisation, with the mean number of active inputs of an output in place of in_features."""
@@ -148,26 +169,5 @@ class MaskedLinear(SparseLayer):
     def to_dense(self) -> Tensor:
         return self.weight * self.mask
 
-    def _take_order(self) -> None:
-        self._unit.copy_(self._shuffled())
-
-    def _shuffled(self) -> Tensor:
-        unit, _ = _partition(self.pattern, self.out_features, self.in_features, self._size)
-        return unit[self.rows.cpu()][:, self.columns.cpu()]
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.pattern}, units={self.num_active}/{self.num_units}"
-
-
-def _take_order(layer: MaskedLinear, _: object) -> None:
-    layer._take_order()  # a function of the module, or the layer could not be pickled
-
-
-def _partition(pattern: str, m: int, n: int, size: int) -> tuple[Tensor, int]:
-    """The unit of each entry, int64 [m, n], and the number of groups."""
-    rows, columns = torch.arange(m, device="cpu")[:, None], torch.arange(n, device="cpu")
-    if "block" in pattern:
-        return rows.div(size, rounding_mode="floor") * (n // size) + columns.div(size, rounding_mode="floor"), 1
-    if pattern == "tile_wise":
-        return rows.div(size, rounding_mode="floor") * n + columns, 1
-    return rows * n + columns, {"unstructured": 1, "constant_fan_in": m, "n_m": m * n // size}[pattern]

