@@ -154,7 +154,7 @@ def speed_ups(dense: dict[str, Times], layers: float, optimiser: float) -> dict[
 
 def compare(name: str, band: int, dense: Trained, sparse: Trained, factor: float) -> list[dict[str, object]]:
     """Prints the table of a sparse model against the dense one; returns it as rows of the csv file."""
-    densities = {layer: module.density for layer, module in sparse_layers(sparse.model).items()}
+    densities = {layer: module.final_density for layer, module in sparse_layers(sparse.model).items()}
     density = sum(densities[layer] * ms for layer, ms in dense.by_layer.items()) / sum(dense.by_layer.values())
     before, after = dense.times(), sparse.times()
     parameters = sparse.parameters() / dense.parameters()

@@ -69,10 +69,10 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from dst_train.processes import run_ranks, strangers, visible_gpus
+    from dst_train.processes import launcher_problem, run_ranks, visible_gpus
 
     gpus = len(visible_gpus())
-    problem = strangers()
+    problem = launcher_problem()
     if "RANK" in os.environ:
         problem = "RANK is set: this process is a rank already; have the launcher start `-m dst_train.train --job JOB`"
     elif gpus and args.ranks is not None and args.ranks > gpus:

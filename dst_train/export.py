@@ -63,7 +63,7 @@ def save(model: nn.Module, about: About, target: Path, *, dense: bool) -> str:
         if dense:
             model, about = densify(model), about.model_copy(update={"sparsity": None})
         for layer in _diagonal(model).values():
-            layer.settle()
+            layer.finalize()
         safetensors.torch.save_model(model, str(partial), {"format": "pt", KEY: about.model_dump_json()})
         reader = f"dst_train.load_exported({str(target)!r})"
     for path in [partial] if partial.is_file() else partial.glob("*.safetensors"):
@@ -89,7 +89,7 @@ def load_exported(path: str | Path) -> nn.Module:
         rank = about.sparsity.low_rank.rank if about.sparsity.low_rank is not None else 0
         sparsify(model, about.sparsity.rules, budget=about.sparsity.budget, seed=about.seed, rank=rank)
     for name, layer in _diagonal(model).items():
-        layer.make_room(slots[name])
+        layer.resize_slots(slots[name])
     safetensors.torch.load_model(model, path)
     return model.eval()
 

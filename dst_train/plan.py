@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dst_ops
 from dst_train import data, models
-from dst_train.engine import compile_config, sparsify_by, topology_of
+from dst_train.engine import build_topology, compile_config, sparsify_model
 from dst_train.job import BatchPlan, Job, JobError, Key, dump
 from dst_train.sparse import DiagonalLinear, SparsityReport
 from dst_train.topology import Topology
@@ -83,11 +83,11 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     if job.data.eval is not None:
         _flops(model, data.example_input(job.data.eval), "data.eval")
     try:
-        report = sparsify_by(job, batch, model)
+        report = sparsify_model(job, batch, model)
     except ValueError as error:
         raise JobError(f"sparsity: {error}", _of_rule(job, str(error))) from error
     try:
-        topology = topology_of(job, batch, model)
+        topology = build_topology(job, batch, model)
     except ValueError as error:
         raise JobError(f"topology: {error}", ("topology",)) from error
     memory, checkpoint = _memory(job, report.parameters, world_size, topology, model)

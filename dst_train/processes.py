@@ -21,7 +21,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_SECONDS = 10.0
 
 
-def strangers() -> str | None:
+def launcher_problem() -> str | None:
     """Why this process cannot find the others of which it is one, or None."""
     missing = [name for name in PLACE if name not in os.environ]
     if "RANK" in os.environ and missing:

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 
-from dst_train.processes import strangers
+from dst_train.processes import launcher_problem
 
 PATIENCE = 10.0  # seconds
 
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher, not used")
     args = parser.parse_args()
 
-    if (why := strangers()) is not None:
+    if (why := launcher_problem()) is not None:
         print(why, file=sys.stderr)
         return 2
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -54,7 +54,7 @@ def main() -> int:
         error = locate(error, args.job, args.overrides)
         return refuse(error, rank, speaks=int(os.environ.get("LOCAL_RANK", 0)) == 0)
 
-    from dst_train.engine import CheckpointError, JobChangedError, leave_distributed, run
+    from dst_train.engine import CheckpointError, JobChangedError, run, shutdown_distributed
 
     try:
         outcome = run(job, stop_at=args.stop_at)
@@ -67,7 +67,7 @@ def main() -> int:
         print(f"{state} at step {outcome.step}{result}")
         print(f"run directory: {outcome.run_directory}")
         print(f"tensorboard --logdir {outcome.run_directory / 'tensorboard'}", flush=True)
-    leave_distributed()
+    shutdown_distributed()
     return 0
 
 

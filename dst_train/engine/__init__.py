@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dst_train.engine.build import sparsify_by, topology_of
+from dst_train.engine.build import build_topology, sparsify_model
 from dst_train.engine.config import compile_config
 
 if TYPE_CHECKING:
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from dst_train.engine.load import load_model
     from dst_train.engine.resume import JobChangedError
     from dst_train.engine.runner import Outcome, run
-    from dst_train.engine.session import leave_distributed
+    from dst_train.engine.session import shutdown_distributed
 
 __all__ = [
     "CheckpointError",
     "JobChangedError",
     "Outcome",
+    "build_topology",
     "compile_config",
-    "leave_distributed",
     "load_model",
     "run",
-    "sparsify_by",
-    "topology_of",
+    "shutdown_distributed",
+    "sparsify_model",
 ]
 # DeepSpeed takes seconds to import, and `dst-train plan` needs what stands above only.
 _WITH_DEEPSPEED = {
     "CheckpointError": "checkpoint",
     "JobChangedError": "resume",
     "Outcome": "runner",
-    "leave_distributed": "session",
+    "shutdown_distributed": "session",
     "load_model": "load",
     "run": "runner",
 }

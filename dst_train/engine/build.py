@@ -9,7 +9,7 @@ from dst_train.sparse import SparsityReport, sparsify
 from dst_train.topology import Topology
 
 
-def sparsify_by(job: Job, plan: BatchPlan, model: nn.Module) -> SparsityReport:
+def sparsify_model(job: Job, plan: BatchPlan, model: nn.Module) -> SparsityReport:
     """Make the layers sparse that the job says; a report without layers when it says none. ValueError as `sparsify`."""
     if job.sparsity is None:
         parameters = sum(p.numel() for p in model.parameters())
@@ -26,7 +26,7 @@ def sparsify_by(job: Job, plan: BatchPlan, model: nn.Module) -> SparsityReport:
     )
 
 
-def topology_of(job: Job, plan: BatchPlan, model: nn.Module) -> Topology:
+def build_topology(job: Job, plan: BatchPlan, model: nn.Module) -> Topology:
     """The topology of a job over a sparsified model, not yet bound. ValueError as `Topology`."""
     return Topology(
         model,

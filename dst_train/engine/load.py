@@ -11,7 +11,7 @@ from torch import nn
 
 from dst_train import models
 from dst_train.engine import reshard
-from dst_train.engine.build import sparsify_by, topology_of
+from dst_train.engine.build import build_topology, sparsify_model
 from dst_train.engine.checkpoint import CheckpointError, search
 from dst_train.job import BatchPlan, Job
 from dst_train.sparse import sparse_layers
@@ -51,13 +51,13 @@ def load_run(run_directory: str | Path) -> LoadedRun:
         raise CheckpointError(f"{root / found.tag} has a job of another version of dst-train: {error}") from error
     plan = BatchPlan.of(job, found.world_size)
     model = models.build(models.untrained(job.model), seed=job.seed)
-    sparsify_by(job, plan, model)
+    sparsify_model(job, plan, model)
     if found.stage == 3:
         state = get_fp32_state_dict_from_zero_checkpoint(str(root), found.tag)
     else:
         state = reshard.rank_0(root / found.tag)["module"]
     model.load_state_dict(state)
-    settings = topology_of(job, plan, model).settings
+    settings = build_topology(job, plan, model).settings
     for layer in sparse_layers(model).values():  # a function of the step, and no part of the state
         layer.temperature = policy.temperature(*settings.temperature, found.step + 1, settings.last_step)
     return LoadedRun(model.eval(), job, found.step)

@@ -16,11 +16,11 @@ from dst_train.engine.config import compile_config
 from dst_train.engine.resume import check_job, differences
 from dst_train.engine.session import (
     Session,
-    be_patient,
     build_session,
     close_session,
+    extend_collective_timeouts,
+    init_distributed,
     seed_random_numbers,
-    start_distributed,
 )
 from dst_train.engine.trainer import Trainer
 from dst_train.engine.watchdog import Watchdog
@@ -51,11 +51,11 @@ def run(job: Job, *, stop_at: int | None = None) -> Outcome:
         CheckpointError, JobChangedError: a checkpoint exists and cannot be continued, or another process trains into its directory.
         NonFiniteError, DataError, TopologyMismatchError: see there.
     """
-    rank, world_size = start_distributed()
-    be_patient(job.monitor.hang_minutes)
+    rank, world_size = init_distributed()
+    extend_collective_timeouts(job.monitor.hang_minutes)
     plan = BatchPlan.of(job, world_size)
     directory = RunDirectory(Path(job.run_root) / job.name)
-    with _alone(directory, rank) as notes:
+    with _exclusive(directory, rank) as notes:
         return _run(job, plan, directory, rank, stop_at, notes)
 
 
@@ -82,8 +82,8 @@ def _run(
         # Only noted: collectives in a handler deadlock, as launchers signal one rank at a time.
         with signals() as received:
             session = build_session(job, plan)
-            if session.report.missed is not None:
-                monitor.message(session.report.missed)
+            if session.report.sparsity_warning is not None:
+                monitor.message(session.report.sparsity_warning)
             if session.topology.layers and not session.topology.update_steps:
                 monitor.message(f"topology {session.topology}")
             trainer = _trainer(job, plan, session, monitor, watchdog, checkpoints, found, lambda: bool(received))
@@ -96,7 +96,7 @@ def _run(
 
 
 @contextmanager
-def _alone(directory: RunDirectory, rank: int) -> Iterator[list[str]]:
+def _exclusive(directory: RunDirectory, rank: int) -> Iterator[list[str]]:
     """No other training of the same name beside this one: each would take the other's checkpoints for its own, and remove them.
 
     Yields what there is to say of it.

@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 import dst_train.engine.params  # noqa: F401  (registers the DeepSpeed editor that Topology.bind looks up)
 from dst_train import models
-from dst_train.engine.build import sparsify_by, topology_of
+from dst_train.engine.build import build_topology, sparsify_model
 from dst_train.engine.config import compile_config
 from dst_train.engine.optim import build_optimizer
 from dst_train.job import BatchPlan, Job
@@ -36,7 +36,7 @@ class Session:
     input_dtype: torch.dtype
 
 
-def start_distributed() -> tuple[int, int]:
+def init_distributed() -> tuple[int, int]:
     """Join the ranks that the launcher started (or be the only one); returns (rank, world_size)."""
     if not dist.is_initialized():
         if "RANK" not in os.environ:  # python launch/train.py, without a launcher
@@ -45,7 +45,7 @@ def start_distributed() -> tuple[int, int]:
         if get_accelerator().device_name() != "cpu":
             # DeepSpeed selects it when it gets the model: collectives before that, such as whether there is a checkpoint, would
             # all be on the first GPU, which NCCL refuses.
-            get_accelerator().set_device(_gpu(get_accelerator().device_count()))
+            get_accelerator().set_device(_select_gpu(get_accelerator().device_count()))
         else:
             # Used by inference only, and would be compiled for most of a minute inside init_distributed.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -53,7 +53,7 @@ def start_distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _gpu(count: int) -> int:
+def _select_gpu(count: int) -> int:
     """The number of this rank's GPU among those that it sees.
 
     Raises:
@@ -72,7 +72,7 @@ def _gpu(count: int) -> int:
     return local
 
 
-def be_patient(minutes: float) -> None:
+def extend_collective_timeouts(minutes: float) -> None:
     """Gives every process group more time than the watchdog takes to end a rank that hangs: groups of NCCL have 10 minutes, and end the
     ranks that wait without a word of where. Also for what does not count as hanging, as copying shards."""
     limit = datetime.timedelta(minutes=min(2 * minutes + 60, YEAR))  # more overflows in gloo
@@ -82,7 +82,7 @@ def be_patient(minutes: float) -> None:
         set_timeout(limit, group)
 
 
-def leave_distributed() -> None:
+def shutdown_distributed() -> None:
     """The last thing a process does when all ranks are done: left to the interpreter's end, gloo's threads may abort it."""
     dist.barrier()
     dist.destroy_process_group()
@@ -100,11 +100,11 @@ def close_session(session: Session) -> None:
 def build_session(job: Job, plan: BatchPlan) -> Session:
     """Model, sparse layers, optimiser, engine and topology of a job. Collective; the same on every rank."""
     model = models.build(job.model, seed=job.seed)
-    report = sparsify_by(job, plan, model)
+    report = sparsify_model(job, plan, model)
     optimizer = build_optimizer(job, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=compile_config(job, plan))
-    topology = topology_of(job, plan, engine.module).bind(engine)
-    be_patient(job.monitor.hang_minutes)
+    topology = build_topology(job, plan, engine.module).bind(engine)
+    extend_collective_timeouts(job.monitor.hang_minutes)
     seed_random_numbers(job.seed, dist.get_rank())
     return Session(engine, topology, report, torch.bfloat16 if job.train.precision == "bf16_params" else torch.float32)
 

@@ -290,7 +290,7 @@ class Job(Strict):
     monitor: Monitor = Monitor()
 
     @model_validator(mode="after")
-    def _what_does_not_go_together(self) -> Job:
+    def _check_conflicts(self) -> Job:
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(
                 f"schedule.min_lr {self.schedule.min_lr:g} is above optimizer.lr {self.optimizer.lr:g}, from which the rate decays to it"

@@ -108,7 +108,7 @@ class SparseLayer(nn.Module, ABC):
         return int((self.units() >= 0).sum())
 
     @property
-    def density(self) -> float:
+    def final_density(self) -> float:
         """Share of the dense weight's entries that are present when the topology is settled."""
         return self.num_final / self.num_units
 

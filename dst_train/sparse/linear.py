@@ -90,17 +90,16 @@ class DiagonalLinear(SparseLayer):
         offsets = drawn[: self.num_start].sort().values
         self.register_buffer("offsets", offsets.to(device=device, dtype=torch.int32))
         self.register_buffer("order", torch.arange(in_features, dtype=torch.int32, device=device) if permute else None)
-        self._taken: Tensor | None
-        self.register_buffer("_taken", None, persistent=False)
-        self.register_load_state_dict_post_hook(_find_taken)
-        factory = {"device": device, "dtype": dtype}
-        self.values = nn.Parameter(torch.empty(self.num_start * band, self.length, **factory))  # type: ignore[arg-type]
-        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None  # type: ignore[arg-type]
+        self._occupied: Tensor | None
+        self.register_buffer("_occupied", None, persistent=False)
+        self.register_load_state_dict_post_hook(_refresh_occupied)
+        self.values = nn.Parameter(torch.empty(self.num_start * band, self.length, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.gate = gate
-        self.alpha = None if gate is None else nn.Parameter(torch.zeros(self.num_units, **factory))  # type: ignore[arg-type]
+        self.alpha = None if gate is None else nn.Parameter(torch.zeros(self.num_units, device=device, dtype=dtype))
         self.low_rank = None
         if rank:
-            self.low_rank = LowRank(in_features, out_features, rank, generator=generator, **factory)  # type: ignore[arg-type]
+            self.low_rank = LowRank(in_features, out_features, rank, generator=generator, device=device, dtype=dtype)
         self.reset_parameters()
 
     @property
@@ -120,17 +119,17 @@ class DiagonalLinear(SparseLayer):
         free = torch.cat([freed, others[~torch.isin(others, freed)]])[: grown.numel()]
         units[free] = grown
         self.offsets.copy_(units)
-        self._find_taken()
+        self._refresh_occupied()
         return torch.cat([freed, free]).unique()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """End training: free slots are given back, gates become part of the values, alpha is gone; the product stays what it was."""
         values, offsets = self._present()
         self.values, self.offsets = nn.Parameter(values.clone()), offsets.clone()
-        self.alpha, self.gate, self._taken = None, None, None
+        self.alpha, self.gate, self._occupied = None, None, None
 
-    def make_room(self, slots: int) -> None:
+    def resize_slots(self, slots: int) -> None:
         """Have so many slots, with nothing of use in them yet: for the state of a settled layer, which is loaded next."""
         self.values = nn.Parameter(self.values.new_zeros(slots * self.band, self.length))
         self.offsets = self.offsets.new_zeros(slots)
@@ -200,7 +199,7 @@ class DiagonalLinear(SparseLayer):
             self.bias.copy_(bias)
 
     def _initial_density(self) -> float:
-        return self.num_start / self.num_units if self.gate == "soft" else self.density
+        return self.num_start / self.num_units if self.gate == "soft" else self.final_density
 
     def product(self, x: Tensor) -> Tensor:
         values, offsets = self._present()
@@ -234,9 +233,9 @@ class DiagonalLinear(SparseLayer):
         """Values [K, L] and offsets of the active units, through the gate."""
         values: Tensor = self.values
         offsets = self.offsets
-        if self._taken is not None:
-            values = values.view(-1, self.unit_entries)[self._taken].view(-1, self.length)
-            offsets = offsets[self._taken]
+        if self._occupied is not None:
+            values = values.view(-1, self.unit_entries)[self._occupied].view(-1, self.length)
+            offsets = offsets[self._occupied]
         if self.gate is None or self.alpha is None:
             return values, offsets
         gates = self.gates(self.alpha, offsets.long())
@@ -245,11 +244,11 @@ class DiagonalLinear(SparseLayer):
         gated = values.view(offsets.numel(), -1) * gates.to(values.dtype)[:, None]
         return gated.view_as(values), offsets
 
-    def _find_taken(self) -> None:
+    def _refresh_occupied(self) -> None:
         """The slots that hold a unit, where not all do: found once an update, as it makes the host wait for the device."""
-        taken = torch.nonzero(self.offsets >= 0).flatten()
-        self._taken = None if taken.numel() == self.offsets.numel() else taken
+        occupied = torch.nonzero(self.offsets >= 0).flatten()
+        self._occupied = None if occupied.numel() == self.offsets.numel() else occupied
 
 
-def _find_taken(layer: DiagonalLinear, _: object) -> None:
-    layer._find_taken()  # a function of the module, or the layer could not be pickled
+def _refresh_occupied(layer: DiagonalLinear, _: object) -> None:
+    layer._refresh_occupied()  # a function of the module, or the layer could not be pickled

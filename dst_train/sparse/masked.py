@@ -159,7 +159,7 @@ class MaskedLinear(SparseLayer):
     @torch.no_grad()
     def load_dense_init(self, weight: Tensor, bias: Tensor | None) -> None:
         """As `DiagonalLinear.load_dense_init`: the entries of the active units, scaled by 1/sqrt(density)."""
-        self.weight.copy_(weight * self.mask / math.sqrt(self.density))
+        self.weight.copy_(weight * self.mask / math.sqrt(self.final_density))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 

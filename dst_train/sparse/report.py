@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced layer. size: the band of diagonals, or that of the pattern. num_active: units when the topology is settled.
+    """One replaced layer. size: the band of diagonals, or that of the pattern. num_final: units once the topology is settled.
 
-    parameters: learned ones, with bias, and with what dynadiag keeps beyond `num_active`; dense_parameters: with bias.
+    parameters: learned ones, with bias, and with what dynadiag keeps beyond `num_final`; dense_parameters: with bias.
     rank: of the low-rank path, 0 for none.
     """
 
@@ -18,7 +18,7 @@ class LayerReport:
     out_features: int
     pattern: str
     size: int
-    num_active: int
+    num_final: int
     num_units: int
     target_sparsity: float
     parameters: int
@@ -29,7 +29,7 @@ class LayerReport:
     def density(self) -> float:
         """Numbers that the product reads over those of the dense weight; both factors of the low-rank path count."""
         path = self.rank * (self.in_features + self.out_features) / (self.in_features * self.out_features)
-        return self.num_active / self.num_units + path
+        return self.num_final / self.num_units + path
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class SparsityReport:
         return present / total if total else 1.0
 
     @property
-    def missed(self) -> str | None:
+    def sparsity_warning(self) -> str | None:
         """What to say of layers that have more than twice the weights that they were to have, as one unit of a group always stays."""
-        layers = [r for r in self.layers if r.num_active / r.num_units > 2.0 * (1.0 - r.target_sparsity) + 1e-9]
+        layers = [r for r in self.layers if r.num_final / r.num_units > 2.0 * (1.0 - r.target_sparsity) + 1e-9]
         told = ", ".join(
-            f"{r.name} ({r.num_active / r.num_units:.4g} instead of {1.0 - r.target_sparsity:.4g})" for r in layers
+            f"{r.name} ({r.num_final / r.num_units:.4g} instead of {1.0 - r.target_sparsity:.4g})" for r in layers
         )
         return (
             f"too few units for the sparsity that the rules ask for (a smaller band or size has more): {told}"
@@ -66,13 +66,13 @@ class SparsityReport:
             f"{'layer':<{width}}  {'out x in':>13}  {'pattern':>15}  {'units':>11}  {'density':>7}  {'parameters':>10}"
         ]
         for r in self.layers:
-            shape, units = f"{r.out_features} x {r.in_features}", f"{r.num_active} / {r.num_units}"
+            shape, units = f"{r.out_features} x {r.in_features}", f"{r.num_final} / {r.num_units}"
             pattern = r.pattern if r.size == 1 else f"{r.pattern} {r.size}"
             lines.append(
                 f"{r.name:<{width}}  {shape:>13}  {pattern:>15}  {units:>11}  {r.density:>7.4f}  {r.parameters:>10,}"
             )
-        if self.missed is not None:
-            lines.append(self.missed)
+        if self.sparsity_warning is not None:
+            lines.append(self.sparsity_warning)
         lines.append(
             f"model: {self.parameters:,} parameters, {self.dense_parameters:,} when dense; "
             f"density of the sparse layers {self.density:.4f}"

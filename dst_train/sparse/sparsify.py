@@ -231,7 +231,7 @@ def _build(
         out_features=module.out_features,
         pattern=rule.pattern,
         size=rule.band if rule.pattern == "diagonal" else rule.size,
-        num_active=module.num_final,
+        num_final=module.num_final,
         num_units=module.num_units,
         target_sparsity=1.0 - density,
         parameters=sum(p.numel() for p in module.parameters()),

@@ -14,7 +14,7 @@ import numpy as np
 
 from dst_train.study.grid import Grid, Point
 from dst_train.study.results import Result
-from dst_train.study.schema import BEFORE, BEHIND, METRICS
+from dst_train.study.schema import LEADING_COLUMNS, METRICS, TRAILING_COLUMNS
 
 FILES = ("results.csv", "table.md", "plot.png")
 # As many as needed to tell lines apart that have one of the ten colours.
@@ -173,7 +173,7 @@ def _csv(grid: Grid, results: Mapping[str, Result]) -> str:
     """A row for each finished run; evaluation as it was measured, accuracy from 0 to 1."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*BEFORE, *grid.study.axes, *METRICS, *BEHIND])
+    writer.writerow([*LEADING_COLUMNS, *grid.study.axes, *METRICS, *TRAILING_COLUMNS])
     for run in grid.runs:
         if run.name in results:
             result = results[run.name]

@@ -18,8 +18,8 @@ from dst_train.job.validate import validate
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")]
 
 # Columns of results.csv before and behind those of the axes and of the evaluation.
-BEFORE = ("run",)
-BEHIND = ("seed", "ranks", "steps", "seconds", "threads", "revision", "machine", "torch", "job_digest")
+LEADING_COLUMNS = ("run",)
+TRAILING_COLUMNS = ("seed", "ranks", "steps", "seconds", "threads", "revision", "machine", "torch", "job_digest")
 METRICS = ("accuracy", "loss")
 
 
@@ -58,7 +58,7 @@ class Study(Strict):
             raise ValueError(f"against is {self.against!r}, must be one of the rows {', '.join(rows)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds}: one stands twice")
-        taken = [axis for axis in self.axes if axis in (*BEFORE, *METRICS, *BEHIND)]
+        taken = [axis for axis in self.axes if axis in (*LEADING_COLUMNS, *METRICS, *TRAILING_COLUMNS)]
         if taken:
             raise ValueError(f"axes: {', '.join(taken)} is a column of results.csv already; give the axis another name")
         return self

@@ -30,9 +30,9 @@ def main() -> None:
             torch.cuda.empty_cache()  # of which the next run may have another use, and other processes have none
             print("finished", file=answers, flush=True)
     if facts:
-        from dst_train.engine import leave_distributed
+        from dst_train.engine import shutdown_distributed
 
-        leave_distributed()
+        shutdown_distributed()
 
 
 def _print_into(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,6 +11,17 @@ from torch import Tensor
 
 from dst_train.sparse import DiagonalLinear, SparseLayer
 from dst_train.topology.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Measured:
+    """This rank's share, float64 by layer; ranks sum to the whole. Empty when nothing was measured.
+
+    scores: [num_units], mean |gradient| over a unit's entries. gains: [n, n], see `DiagonalLinear.position_gains`.
+    """
+
+    scores: dict[str, Tensor]
+    gains: dict[str, Tensor]
 
 
 class GrowthSignal:
@@ -35,7 +47,7 @@ class GrowthSignal:
         self._gains: dict[str, Tensor] = {}
 
     def start(self, positions: Mapping[str, Tensor]) -> None:
-        """Measure from the next forward pass on. positions: by layer, those of which `take_gains` is to tell, int64."""
+        """Measure from the next forward pass on. positions: by layer, those whose gains are wanted, int64."""
         self.stop()
         self._positions = positions
         self.active = True
@@ -54,17 +66,14 @@ class GrowthSignal:
         self._scores.clear()
         self._gains.clear()
 
-    def take_gains(self) -> dict[str, Tensor]:
-        """This rank's share of `DiagonalLinear.position_gains`, float64 by layer; before `take`, which forgets them."""
-        share = self._ranks.world_size if self._exact else 1
-        return {name: gains.double() / share for name, gains in self._gains.items()}
-
-    def take(self) -> dict[str, Tensor]:
-        """This rank's share of the scores, float64 [num_units] by layer; ranks sum to the whole. Stops measuring.
+    def take(self) -> Measured:
+        """What was measured. Stops measuring, and forgets it.
 
         Raises:
             RuntimeError: a layer took no part in some micro-batch of the step.
         """
+        if not self.active:
+            return Measured({}, {})
         for name in self._layers:
             if self._seen.get(name, 0) != self._accumulation:
                 raise RuntimeError(
@@ -75,8 +84,9 @@ class GrowthSignal:
         # The reduced scores are equal on all ranks up to the order of atomic adds on a GPU; the share makes them equal.
         share = self._ranks.world_size if self._exact else 1
         scores = {name: self._scores[name].double() / share for name in self._layers}
+        gains = {name: gains.double() / share for name, gains in self._gains.items()}
         self.stop()
-        return scores
+        return Measured(scores, gains)
 
     def _on_forward(self, name: str, x: Tensor, y: Tensor) -> None:
         if y.requires_grad:
@@ -101,7 +111,7 @@ class GrowthSignal:
             )
         x2, dy2 = layer.arrange(x.reshape(-1, layer.in_features)), dy.reshape(-1, layer.out_features)
         if not self._exact:
-            scores = layer.unit_scores(x2, dy2, partial(self._reduce, name, None))
+            scores = layer.unit_scores(x2, dy2, partial(self._on_block, name, None))
             self._scores[name] = self._scores[name] + scores if seen > 1 else scores
         elif seen < self._accumulation:
             if seen == 1:
@@ -111,16 +121,19 @@ class GrowthSignal:
             self._sums[name].addmm_(dy2.float().t(), x2.float())
         else:
             held = self._sums.pop(name, None)
-            self._scores[name] = layer.unit_scores(x2, dy2, partial(self._reduce, name, held))
+            self._scores[name] = layer.unit_scores(x2, dy2, partial(self._on_block, name, held))
 
-    def _reduce(self, name: str, held: Tensor | None, block: Tensor, first_column: int) -> Tensor:
+    def _on_block(self, name: str, held: Tensor | None, block: Tensor, first_column: int) -> Tensor:
         if held is not None:
             block += held[:, first_column : first_column + block.shape[1]]
         if self._exact:
             block = self._ranks.sum_(block)
         if name in self._positions:
-            layer, positions = self._layers[name], self._positions[name].to(block.device)
-            assert isinstance(layer, DiagonalLinear)
-            gains = layer.position_gains(block, first_column, positions)
-            self._gains[name] = self._gains[name] + gains if name in self._gains else gains
+            self._add_gains(name, block, first_column)
         return block
+
+    def _add_gains(self, name: str, block: Tensor, first_column: int) -> None:
+        layer, positions = self._layers[name], self._positions[name].to(block.device)
+        assert isinstance(layer, DiagonalLinear)
+        gains = layer.position_gains(block, first_column, positions)
+        self._gains[name] = self._gains[name] + gains if name in self._gains else gains

@@ -15,10 +15,10 @@ from dst_train.sparse import DiagonalLinear, SparseLayer, sparse_layers
 from dst_train.topology import permutation, policy, telemetry
 from dst_train.topology.editor import ParameterEditor, editor_for
 from dst_train.topology.growth import GrowthSignal
-from dst_train.topology.methods import METHODS, SOFT, Change
+from dst_train.topology.methods import METHODS, SOFT, UpdateSpec
 from dst_train.topology.ranks import Ranks
 from dst_train.topology.settings import Settings
-from dst_train.topology.update import TopologyUpdate, change_layer, describe, gather
+from dst_train.topology.update import TopologyUpdate, describe, gather, update_layer
 
 # Scores are compared on the host, also where the default device is another.
 HOST = torch.device("cpu")
@@ -64,7 +64,7 @@ class Topology:
             for name, layer in self.layers.items()
             if isinstance(layer, DiagonalLinear) and layer.order is not None
         }
-        self._weakest: dict[str, permutation.Weakest] = {}
+        self._movable: dict[str, permutation.Movable] = {}
         self._soft = any(layer.gate == "soft" for layer in self.layers.values())
         self._method = SOFT if self._soft else METHODS.get(self.settings.method)
         self._check_layers()
@@ -242,8 +242,8 @@ class Topology:
         if self._due and self._measures:
             assert self._editor is not None
             fraction = policy.cosine_drop_fraction(self.settings.first_drop_fraction, coming, self.settings.last_step)
-            self._weakest = permutation.weakest(self._ordered, fraction, self._editor, self._ranks)
-            self._signal.start({name: chosen.positions for name, chosen in self._weakest.items()})
+            self._movable = permutation.movable_positions(self._ordered, fraction, self._editor, self._ranks)
+            self._signal.start({name: chosen.positions for name, chosen in self._movable.items()})
         if self._soft:
             temperature = policy.temperature(*self.settings.temperature, coming, self.settings.last_step)
             for layer in self.layers.values():
@@ -269,7 +269,7 @@ class Topology:
             self._ordered.items(), pieces, whole.split([piece.numel() for piece in pieces]), strict=True
         ):
             moved[name] = permutation.reorder(
-                layer, self._weakest[name], total.view_as(piece), self._editor, self.settings.cold_start
+                layer, self._movable[name], total.view_as(piece), self._editor, self.settings.cold_start
             )
         return moved
 
@@ -278,24 +278,23 @@ class Topology:
         started = time.perf_counter()
         self._require_equal(f"before the topology update at step {self.steps}")
         fraction = policy.cosine_drop_fraction(self.settings.first_drop_fraction, self.steps, self.settings.last_step)
-        gains = self._signal.take_gains()
-        gradients = self._signal.take() if self._signal.active else {}
-        changes = []
+        measured = self._signal.take()
+        updates = []
         for index, (name, scores) in enumerate(
-            gather(self.layers, self._editor, self._ranks, gradients, self.steps).items()
+            gather(self.layers, self._editor, self._ranks, measured.scores, self.steps).items()
         ):
             layer, history = self.layers[name], self._history[name]
-            changed = change_layer(layer, scores, self._change(index, layer, fraction), self._editor)
-            history.change(changed.dropped, changed.grown, self.steps)
-            changes.append(describe(name, layer, changed, history, self.steps))
-        moved = self._reorder(gains)
+            result = update_layer(layer, scores, self._spec(index, layer, fraction), self._editor)
+            history.change(result.dropped, result.grown, self.steps)
+            updates.append(describe(name, layer, result, history, self.steps))
+        moved = self._reorder(measured.gains)
         self.updates += 1
         self._require_equal(f"after the topology update at step {self.steps}")
         seconds = time.perf_counter() - started
-        told = tuple(replace(change, moved=moved.get(change.name)) for change in changes)
+        told = tuple(replace(update, moved=moved.get(update.name)) for update in updates)
         return TopologyUpdate(self.steps, self.updates, fraction, seconds, self.digest(), told)
 
-    def _change(self, index: int, layer: SparseLayer, fraction: float) -> Change:
+    def _spec(self, index: int, layer: SparseLayer, fraction: float) -> UpdateSpec:
         assert self._method is not None
         start, final = layer.num_start // layer.num_groups, layer.num_final // layer.num_groups
         last = self.steps >= self.update_steps[-1]  # skipped steps may have delayed it
@@ -309,4 +308,4 @@ class Topology:
             grow = min(round(fraction * keep), absent)
         progress = 1.0 if last else self.steps / self.settings.last_step
         key = (self.settings.seed, index, self.updates)
-        return Change(self._method, self.settings, grow, keep, fraction, progress, key)
+        return UpdateSpec(self._method, self.settings, grow, keep, fraction, progress, key)

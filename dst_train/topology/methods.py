@@ -21,7 +21,7 @@ SIGNAL_SHARE = 0.3
 
 
 @dataclass(frozen=True)
-class Change:
+class UpdateSpec:
     """What is to happen to one layer. grow, keep: units of each group that are new, and that are active afterwards. fraction:
     the share that changes. progress: share of the updates' time that is over. key: (seed, layer, update), for random choices."""
 
@@ -35,7 +35,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Units:
+class UnitScores:
     """What an update knows of a layer's units; tensors [num_units] in float64 on the CPU, equal on all ranks.
 
     active: bool. value: mean |value|, 0 of absent units. gradient: mean |gradient|, 0 where the method does not measure.
@@ -50,10 +50,10 @@ class Units:
     groups: int
     shape: tuple[int, int]
     drop: int
-    change: Change
+    spec: UpdateSpec
 
 
-Score = Callable[[Units], Tensor]
+ScoreFn = Callable[[UnitScores], Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,66 +65,66 @@ class Method:
     none named: any. choose: in place of drop and grow, all units that are active afterwards, bool [num_units].
     """
 
-    drop: Score
-    grow: Score | None
+    drop: ScoreFn
+    grow: ScoreFn | None
     measures: bool
     gated: bool = False
     patterns: tuple[str, ...] = ()
-    choose: Score | None = None
+    choose: ScoreFn | None = None
 
 
-def by_value(units: Units) -> Tensor:
+def by_value(units: UnitScores) -> Tensor:
     return units.value
 
 
-def by_gradient(units: Units) -> Tensor:
+def by_gradient(units: UnitScores) -> Tensor:
     return units.gradient
 
 
-def by_value_and_gradient(units: Units) -> Tensor:
+def by_value_and_gradient(units: UnitScores) -> Tensor:
     """MEST, Yuan et al. 2021, arXiv 2110.14032, section 3: |value| + weight * |gradient|, here the means over a unit."""
-    return units.value + units.change.settings.gradient_weight * units.gradient
+    return units.value + units.spec.settings.gradient_weight * units.gradient
 
 
-def by_links(units: Units) -> Tensor:
+def by_links(units: UnitScores) -> Tensor:
     """`cht.scores`, with a unit as a link."""
     return cht.scores(units.active.view(units.shape)).flatten()
 
 
-def by_sampled_value(units: Units) -> Tensor:
+def by_sampled_value(units: UnitScores) -> Tensor:
     """CHTs: what stays is a sample in proportion to |value|^(1 + 2 progress), more and more the largest."""
-    return policy.sampled(units.value ** (1.0 + 2.0 * units.change.progress), (*units.change.key, 0))
+    return policy.sampled(units.value ** (1.0 + 2.0 * units.spec.progress), (*units.spec.key, 0))
 
 
-def by_sampled_links(units: Units) -> Tensor:
+def by_sampled_links(units: UnitScores) -> Tensor:
     """CHTs: what grows is a sample in proportion to the score."""
-    return policy.sampled(by_links(units), (*units.change.key, 1))
+    return policy.sampled(by_links(units), (*units.spec.key, 1))
 
 
-def by_neurons(units: Units) -> Tensor:
+def by_neurons(units: UnitScores) -> Tensor:
     """`srigl.choose`, with a group as a neuron."""
     value, gradient, active = (t.view(units.groups, -1) for t in (units.value, units.gradient, units.active))
-    keep, fraction = units.change.keep, units.change.fraction
+    keep, fraction = units.spec.keep, units.spec.fraction
     after = srigl.choose(
-        value, gradient, active, fan_in=keep, fraction=fraction, gamma_sal=units.change.settings.gamma_sal
+        value, gradient, active, fan_in=keep, fraction=fraction, gamma_sal=units.spec.settings.gamma_sal
     )
     return after.flatten()
 
 
-def by_channels(units: Units) -> Tensor:
+def by_channels(units: UnitScores) -> Tensor:
     """`chase.choose`."""
     value, gradient, active = (t.view(units.shape) for t in (units.value, units.gradient, units.active))
-    change = units.change
-    removed = chase.removed_rows(change.settings.channel_sparsity, units.shape[0], change.progress)
-    after = chase.choose(value, gradient, active, keep=change.keep, fraction=change.fraction, removed=removed)
+    spec = units.spec
+    removed = chase.removed_rows(spec.settings.channel_sparsity, units.shape[0], spec.progress)
+    after = chase.choose(value, gradient, active, keep=spec.keep, fraction=spec.fraction, removed=removed)
     return after.flatten()
 
 
-def by_alpha(units: Units) -> Tensor:
+def by_alpha(units: UnitScores) -> Tensor:
     return units.alpha
 
 
-def by_alpha_among_the_smallest(units: Units) -> Tensor:
+def by_alpha_among_the_smallest(units: UnitScores) -> Tensor:
     """alpha, for the POOL * drop active units with the smallest mean |value|; no others are dropped.
 
     alpha alone does not know size: it would drop large units whose gain has levelled off, and at 98 % sparsity that

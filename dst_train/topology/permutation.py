@@ -23,16 +23,16 @@ SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Weakest:
+class Movable:
     """positions: int64 [n] on the CPU, ascending. second_moment: the mean over the layer's weights. Equal on all ranks."""
 
     positions: Tensor
     second_moment: float
 
 
-def weakest(
+def movable_positions(
     layers: Mapping[str, DiagonalLinear], drop_fraction: float, editor: ParameterEditor, ranks: Ranks
-) -> dict[str, Weakest]:
+) -> dict[str, Movable]:
     """Of each layer the SHARE * drop_fraction of the positions with the smallest sum of |value|; equal ones in order.
 
     Two where it would be one, which could only keep its input. Collective: one all-reduce for all layers.
@@ -46,11 +46,11 @@ def weakest(
         share = round(SHARE * drop_fraction * layer.in_features)
         count = 2 if share == 1 else share
         positions = sums[1].sort(stable=True).indices[:count].sort().values
-        result[name] = Weakest(positions, float(sums[2].sum()) / (layer.num_active * layer.unit_entries))
+        result[name] = Movable(positions, float(sums[2].sum()) / (layer.num_active * layer.unit_entries))
     return result
 
 
-def hand_out(gains: Tensor) -> Tensor:
+def assign_greedily(gains: Tensor) -> Tensor:
     """A permutation, int64 [n]: position p gets the input of position result[p]; the largest of `gains` [n, n] first.
 
     Equal gains go to the lower position, then to the lower input.
@@ -66,13 +66,13 @@ def hand_out(gains: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reorder(layer: DiagonalLinear, chosen: Weakest, gains: Tensor, editor: ParameterEditor, cold_start: float) -> int:
+def reorder(layer: DiagonalLinear, chosen: Movable, gains: Tensor, editor: ParameterEditor, cold_start: float) -> int:
     """Hands out the inputs of the chosen positions anew; returns how many moved. All ranks call it with the same arguments.
 
     gains: float64 [n, n] on the CPU, of `DiagonalLinear.position_gains`, over all ranks. cold_start: see `Settings`.
     """
     assert layer.order is not None
-    given = chosen.positions[hand_out(gains)]
+    given = chosen.positions[assign_greedily(gains)]
     moved = chosen.positions[given != chosen.positions]
     order = layer.order.cpu()
     order[chosen.positions] = order[given]

@@ -1,4 +1,4 @@
-"""One topology update: the scores of all layers in one all-reduce, then each layer's change, and what to tell of it."""
+"""One topology update: the scores of all layers in one all-reduce, then what changes in each layer, and what to tell of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from dst_train.sparse import DiagonalLinear, MaskedLinear, SparseLayer
 from dst_train.topology import methods, policy, telemetry
 from dst_train.topology.editor import ParameterEditor
-from dst_train.topology.methods import Change, Units
+from dst_train.topology.methods import UnitScores, UpdateSpec
 from dst_train.topology.ranks import Ranks
 
 
@@ -64,7 +64,7 @@ class TopologyUpdate:
 
 
 @dataclass(frozen=True)
-class Scores:
+class ReducedScores:
     """Of one layer, float64 on the CPU and equal on all ranks: [slots] mean |value| and second moment, [num_units] gradient;
     alpha and its second moment [num_units], zeros without a gate."""
 
@@ -77,7 +77,7 @@ class Scores:
 
 def gather(
     layers: Mapping[str, SparseLayer], editor: ParameterEditor, ranks: Ranks, gradients: Mapping[str, Tensor], step: int
-) -> dict[str, Scores]:
+) -> dict[str, ReducedScores]:
     """One flat all-reduce; float64, so that neither the number of ranks nor the cut of a partition shows in the result.
 
     gradients: this rank's share of `GrowthSignal`, empty when it was not measured.
@@ -103,12 +103,12 @@ def gather(
         # A sum is finite if all that is in it is, and takes a tenth of the time of asking each.
         if not all(bool(t.sum().isfinite()) for t in (values, gradient, alpha)):
             raise RuntimeError(f"layer {name}: values, second moments or growth signal are not finite at step {step}")
-        result[name] = Scores(values[0], values[1], gradient / ranks.world_size, alpha[0], alpha[1])
+        result[name] = ReducedScores(values[0], values[1], gradient / ranks.world_size, alpha[0], alpha[1])
     return result
 
 
 @dataclass(frozen=True)
-class Changed:
+class LayerResult:
     """What happened to one layer. dropped, grown: units, int64, ascending. alpha: [num_units] afterwards."""
 
     dropped: Tensor
@@ -118,55 +118,56 @@ class Changed:
     alpha: Tensor
 
 
-def change_layer(layer: SparseLayer, scores: Scores, change: Change, editor: ParameterEditor) -> Changed:
+def update_layer(layer: SparseLayer, scores: ReducedScores, spec: UpdateSpec, editor: ParameterEditor) -> LayerResult:
     """Drops and grows units of one layer. All ranks call it with the same arguments."""
     held = layer.units()
+    filled = held >= 0
     active = torch.zeros(layer.num_units, dtype=torch.bool)
-    active[held[held >= 0]] = True
+    active[held[filled]] = True
     value = torch.zeros(layer.num_units, dtype=torch.float64)
-    value[held[held >= 0]] = scores.value[held >= 0]
-    alpha = methods.blended(scores.alpha, scores.gradient, active) if change.method.gated else scores.alpha
-    drop = change.grow + int(active.sum()) // layer.num_groups - change.keep
+    value[held[filled]] = scores.value[filled]
+    alpha = methods.blended(scores.alpha, scores.gradient, active) if spec.method.gated else scores.alpha
+    drop = spec.grow + int(active.sum()) // layer.num_groups - spec.keep
     shape = (layer.out_features, layer.in_features)
-    units = Units(active, value, scores.gradient, alpha, layer.num_groups, shape, drop, change)
+    units = UnitScores(active, value, scores.gradient, alpha, layer.num_groups, shape, drop, spec)
     dropped, grown, drop_margin, grow_margin = _choose(units)
-    kept = active.clone()
-    kept[dropped] = False
+    kept = active.index_fill(0, dropped, False)
+    # New units start from the mean of those that stay; with nothing kept there is no better guess than what all had.
+    models = kept if bool(kept.any()) else active
     if dropped.numel() or grown.numel():
-        # With nothing kept there is no better guess than what all had.
-        survived = kept[held.clamp(min=0)] & (held >= 0) if bool(kept.any()) else held >= 0
         slots = layer.replace(dropped, grown)
-        second_moment = change.settings.cold_start * float(scores.second_moment[survived].mean())
-        filled = layer.units()[slots] >= 0
-        editor.write(layer.stored, layer.elements(slots[filled]), 0.0, second_moment)
-        editor.write(layer.stored, layer.elements(slots[~filled]), 0.0, 0.0)
+        second_moment = spec.settings.cold_start * float(
+            scores.second_moment[filled & models[held.clamp(min=0)]].mean()
+        )
+        occupied = layer.units()[slots] >= 0
+        editor.write(layer.stored, layer.elements(slots[occupied]), 0.0, second_moment)
+        editor.write(layer.stored, layer.elements(slots[~occupied]), 0.0, 0.0)
     if layer.alpha is not None:
-        models = kept if bool(kept.any()) else active
         alpha[grown] = alpha[models].mean()
         others = torch.nonzero(~kept).flatten()
         editor.write(layer.alpha, others, alpha[others], float(scores.alpha_second_moment[models].mean()))
-    return Changed(dropped, grown, drop_margin, grow_margin, alpha)
+    return LayerResult(dropped, grown, drop_margin, grow_margin, alpha)
 
 
-def _choose(units: Units) -> tuple[Tensor, Tensor, float | None, float | None]:
+def _choose(units: UnitScores) -> tuple[Tensor, Tensor, float | None, float | None]:
     """Units dropped and grown, ascending, and how clear the cuts were."""
-    change, active = units.change, units.active
-    method = change.method
+    spec, active = units.spec, units.active
+    method = spec.method
     if method.choose is not None:
         after = method.choose(units)
         return torch.nonzero(active & ~after).flatten(), torch.nonzero(after & ~active).flatten(), None, None
     dropped, drop_margin = policy.lowest(method.drop(units), active, units.drop, units.groups)
     left = replace(units, active=active.index_fill(0, dropped, False))
-    wish = method.grow(left) if method.grow else policy.random_scores(active.numel(), change.key)
-    grown, grow_margin = policy.highest(wish, ~active, change.grow, units.groups)
+    wish = method.grow(left) if method.grow else policy.random_scores(active.numel(), spec.key)
+    grown, grow_margin = policy.highest(wish, ~active, spec.grow, units.groups)
     return dropped, grown, drop_margin, grow_margin if method.grow else None
 
 
-def describe(name: str, layer: SparseLayer, changed: Changed, history: telemetry.History, step: int) -> LayerUpdate:
+def describe(name: str, layer: SparseLayer, result: LayerResult, history: telemetry.History, step: int) -> LayerUpdate:
     """What to tell of a change that was made at `step`; history already knows it."""
     units = layer.units()
     active = units[units >= 0].sort().values
-    gates = None if layer.gate is None else layer.gates(changed.alpha, active)
+    gates = None if layer.gate is None else layer.gates(result.alpha, active)
     uncovered = None
     if isinstance(layer, DiagonalLinear):
         uncovered = telemetry.uncovered(active, layer.band, *sorted((layer.in_features, layer.out_features)))
@@ -175,14 +176,14 @@ def describe(name: str, layer: SparseLayer, changed: Changed, history: telemetry
     return LayerUpdate(
         name,
         layer.num_units,
-        tuple(changed.dropped.tolist()),
-        tuple(changed.grown.tolist()),
+        tuple(result.dropped.tolist()),
+        tuple(result.grown.tolist()),
         tuple(active.tolist()),
         history.mean_age(step),
         history.explored,
         uncovered,
-        changed.drop_margin,
-        changed.grow_margin,
+        result.drop_margin,
+        result.grow_margin,
         gates=None if gates is None else tuple(gates.tolist()),
         effective_units=None if gates is None else float(gates.sum() ** 2 / gates.square().sum()),
         temperature=layer.temperature if layer.gate == "soft" else None,

@@ -74,9 +74,9 @@ def _run() -> dict[tuple[int, str], Result]:
     import deepspeed
 
     import dst_train.engine.params  # noqa: F401
-    from dst_train.engine.session import start_distributed
+    from dst_train.engine.session import init_distributed
 
-    rank, world_size = start_distributed()
+    rank, world_size = init_distributed()
     results: dict[tuple[int, str], Result] = {}
     for stage in STAGES:
         for method in METHODS:

@@ -40,9 +40,9 @@ def _job(precision: str, stage: int) -> Job:
 
 
 def _read_back(precision: str, stage: int) -> dict[str, Any]:
-    from dst_train.engine.session import build_session, start_distributed
+    from dst_train.engine.session import build_session, init_distributed
 
-    _, world_size = start_distributed()
+    _, world_size = init_distributed()
     job = _job(precision, stage)
     engine = build_session(job, BatchPlan.of(job, world_size)).engine
     return {

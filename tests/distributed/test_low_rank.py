@@ -52,9 +52,9 @@ def _run(stages: list[int]) -> dict[tuple[int, int], States]:
     """The parameters after each step, by (stage, rank of the path)."""
     import deepspeed
 
-    from dst_train.engine.session import start_distributed
+    from dst_train.engine.session import init_distributed
 
-    process, world_size = start_distributed()
+    process, world_size = init_distributed()
     results = {}
     for stage in stages:
         for rank in (0, 3):

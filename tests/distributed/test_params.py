@@ -149,9 +149,9 @@ def _step(engine: Any, precision: str, x: Tensor) -> None:
 def _run(configs: list[Config]) -> dict[Config, dict[str, Any]]:
     import torch.distributed as dist
 
-    from dst_train.engine.session import start_distributed
+    from dst_train.engine.session import init_distributed
 
-    start_distributed()
+    init_distributed()
     results = {}
     for stage, precision, kind in configs:
         engine, topology = _engine(stage, precision, kind)
@@ -243,9 +243,9 @@ def test_the_forward_reads_what_the_masters_hold(config: Config) -> None:
 def _refused() -> str:
     import deepspeed
 
-    from dst_train.engine.session import start_distributed
+    from dst_train.engine.session import init_distributed
 
-    start_distributed()
+    init_distributed()
     model = _model("rigl")
     config = {"train_batch_size": 4, "bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
@@ -262,9 +262,9 @@ def _missing() -> list[str]:
     """What is said, by stage, of a sparse layer that the optimiser was not given."""
     import deepspeed
 
-    from dst_train.engine.session import start_distributed
+    from dst_train.engine.session import init_distributed
 
-    start_distributed()
+    init_distributed()
     said = []
     for stage in (0, 1, 2, 3):
         model = _model("rigl")

@@ -77,9 +77,9 @@ def _folder(root: Path, case: Case) -> Path:
 
 
 def _write(root: Path, cases: list[Case]) -> dict[tuple[int, str, str], Any]:
-    from dst_train.engine.session import start_distributed
+    from dst_train.engine.session import init_distributed
 
-    start_distributed()
+    init_distributed()
     results = {}
     for case in cases:
         if case[0] in results:
@@ -98,9 +98,9 @@ def _write(root: Path, cases: list[Case]) -> dict[tuple[int, str, str], Any]:
 
 
 def _read(root: Path, cases: list[Case]) -> dict[Case, Any]:
-    from dst_train.engine.session import start_distributed
+    from dst_train.engine.session import init_distributed
 
-    start_distributed()
+    init_distributed()
     results = {}
     for case in cases:
         (_, precision, optimizer), stage = case
@@ -175,9 +175,9 @@ def test_every_element_and_buffer_is_restored_and_training_goes_on(
 
 def _damaged(root: Path, case: Case) -> list[str]:
     from dst_train.engine import reshard
-    from dst_train.engine.session import start_distributed
+    from dst_train.engine.session import init_distributed
 
-    start_distributed()
+    init_distributed()
     run = Run(case[1], *case[0][1:])
     checkpoints = run.checkpoints(_folder(root, case))
     found, _ = checkpoints.newest()

@@ -15,9 +15,9 @@ from tests.distributed.test_config import _job
 
 def _sessions() -> list[tuple[int, bool, int, int]]:
     """For sessions one after the other: ZeRO stage, whether the engine lives on, and the process's threads and files."""
-    from dst_train.engine.session import build_session, close_session, start_distributed
+    from dst_train.engine.session import build_session, close_session, init_distributed
 
-    _, world_size = start_distributed()
+    _, world_size = init_distributed()
     left = []
     for stage in (0, 0, 1, 1, 2, 2):
         job = _job("fp32", stage)
@@ -42,9 +42,9 @@ def _patience() -> list[float]:
     import torch
     import torch.distributed.distributed_c10d as c10d
 
-    from dst_train.engine.session import build_session, close_session, start_distributed
+    from dst_train.engine.session import build_session, close_session, init_distributed
 
-    _, world_size = start_distributed()
+    _, world_size = init_distributed()
     job = _job("fp32", 1)
     session = build_session(job, BatchPlan.of(job, world_size))
     groups = [group._get_backend(torch.device("cpu")) for group in c10d._world.pg_map]

@@ -80,7 +80,7 @@ def test_memory_by_hand(job_file: Path, stage: int, precision: str, expected: tu
     plan = prepare(job, 2, check_data=False)
     count, held = plan.report.parameters, 4 * (784 * 64 + 64 * 32)  # one whole gradient of each sparse layer
     expected_bytes = [e * count for e in expected]
-    buffers = 4 * sum(layer.num_active for layer in plan.report.layers)  # offsets
+    buffers = 4 * sum(layer.num_final for layer in plan.report.layers)  # offsets
     assert tuple(plan.memory.values()) == (*expected_bytes, buffers, held, sum(expected_bytes) + buffers + held)
     # What each parameter has in all shards; at stage 3 no copy of the parameters. Of each unit when it came, and whether it was there.
     each = 8 + (4 if stage else 0) + (0 if stage == 3 else 2 if precision == "bf16_params" else 4)

@@ -23,7 +23,7 @@ def test_a_rank_selects_its_gpu_before_any_collective(monkeypatch: pytest.Monkey
     monkeypatch.setattr(session.dist, "is_initialized", lambda: False)
     monkeypatch.setattr(session.dist, "get_rank", lambda: 5)
     monkeypatch.setattr(session.dist, "get_world_size", lambda: 8)
-    assert session.start_distributed() == (5, 8)
+    assert session.init_distributed() == (5, 8)
     assert done == ["set_device(1)", "init_distributed"]
 
 
@@ -33,16 +33,16 @@ def test_a_rank_with_a_gpu_of_its_own_takes_that(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(
         RuntimeError, match=r"LOCAL_RANK is 3 and this process sees 2 GPUs \(CUDA_VISIBLE_DEVICES is 5,6\)"
     ):
-        session._gpu(2)
-    assert session._gpu(8) == 3
-    assert session._gpu(1) == 0
+        session._select_gpu(2)
+    assert session._select_gpu(8) == 3
+    assert session._select_gpu(1) == 0
     assert os.environ["LOCAL_RANK"] == "0"
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(
         RuntimeError, match=r"LOCAL_RANK is 1 and this process sees 1 GPUs \(CUDA_VISIBLE_DEVICES is not set"
     ):
-        session._gpu(1)
+        session._select_gpu(1)
 
 
 def test_patience_ends_where_clocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,5 +52,5 @@ def test_patience_ends_where_clocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
         session.c10d, "set_timeout", lambda limit, group: asked.append(limit.total_seconds()), raising=False
     )
     for minutes in (30.0, 1e15):
-        session.be_patient(minutes)
+        session.extend_collective_timeouts(minutes)
     assert asked == [7200.0, 365 * 24 * 3600.0]

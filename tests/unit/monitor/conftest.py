@@ -56,7 +56,7 @@ def report() -> SparsityReport:
         out_features=16,
         pattern="diagonal",
         size=2,
-        num_active=3,
+        num_final=3,
         num_units=8,
         target_sparsity=0.6,
         parameters=48,

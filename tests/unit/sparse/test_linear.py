@@ -48,7 +48,7 @@ def test_number_of_active_units(sparsity: float, band: int, active: int) -> None
     assert layer.num_active == active
     assert layer.values.shape == (active * band, 32)
     assert layer.offsets.unique().numel() == active
-    assert layer.density == active * band / 96
+    assert layer.final_density == active * band / 96
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_explore_adds_slots_up_to_all() -> None:
         layer = DiagonalLinear(16, 12, sparsity=0.75, explore=explore)
         assert (layer.num_final, layer.num_start, layer.num_active) == (4, start, start)
         assert layer.values.shape == (start, 12)
-        assert layer.density == 0.25
+        assert layer.final_density == 0.25
 
 
 def _moved() -> tuple[DiagonalLinear, torch.Tensor]:

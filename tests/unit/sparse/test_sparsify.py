@@ -299,12 +299,14 @@ def test_what_is_no_list_of_rules(rules: Any, message: str) -> None:
 def test_rules_may_come_one_by_one_and_numbers_from_numpy() -> None:
     rules = ({"match": "head", "sparsity": np.float32(0.5), "band": np.int64(4)} for _ in range(1))
     (layer,) = sparsify(Net(), rules).layers
-    assert (layer.size, layer.num_active) == (4, 4)
+    assert (layer.size, layer.num_final) == (4, 4)
 
 
 def test_a_sparsity_that_a_layer_has_too_few_units_for_is_told() -> None:
     report = sparsify(Net(), [{"match": "*.proj", "sparsity": 0.9}, {"match": "*.fc1", "sparsity": 0.9, "band": 64}])
-    assert report.missed is not None
-    assert report.missed.endswith("has more): blocks.0.fc1 (0.5 instead of 0.1), blocks.1.fc1 (0.5 instead of 0.1)")
-    assert report.missed in str(report)
-    assert sparsify(Net(), [{"match": "*.fc*", "sparsity": 0.9, "band": 16}]).missed is None  # 1 of 8 units
+    assert report.sparsity_warning is not None
+    assert report.sparsity_warning.endswith(
+        "has more): blocks.0.fc1 (0.5 instead of 0.1), blocks.1.fc1 (0.5 instead of 0.1)"
+    )
+    assert report.sparsity_warning in str(report)
+    assert sparsify(Net(), [{"match": "*.fc*", "sparsity": 0.9, "band": 16}]).sparsity_warning is None  # 1 of 8 units

@@ -427,7 +427,7 @@ def test_the_signal_is_in_fp32_also_where_autocast_is_on(pattern: str) -> None:
         loss = model(torch.randn(64, 16)).square().mean()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss.backward()
-        scores.append(topology._signal.take()["0"])
+        scores.append(topology._signal.take().scores["0"])
     assert torch.equal(*scores)
 
 
@@ -467,7 +467,7 @@ def test_a_trained_layer_is_trained_on() -> None:
         _train(model, topology, optimizer, 20)
         if settled:
             for layer in (model[0], model[2]):
-                layer.settle()
+                layer.finalize()
         assert not Topology(model, method="static", total_steps=10).update_steps
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         topology = Topology(model, every=2, total_steps=20).bind(optimizer)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dst_train.sparse import DiagonalLinear, sparsify
 from dst_train.topology import Ranks, Topology, editor_for
-from dst_train.topology.permutation import Weakest, hand_out, reorder, weakest
+from dst_train.topology.growth import Measured
+from dst_train.topology.permutation import Movable, assign_greedily, movable_positions, reorder
 
 SHAPES = [(12, 20, 1), (20, 12, 1), (12, 12, 3)]
 
@@ -68,10 +69,10 @@ def test_positions_of_values_and_gains_against_the_dense_weight(in_features: int
 
 def test_inputs_are_handed_out_by_the_largest_gain() -> None:
     gains = torch.tensor([[5.0, 9.0, 1.0], [4.0, 8.0, 2.0], [7.0, 3.0, 6.0]])
-    assert hand_out(gains).tolist() == [1, 2, 0]  # 9, then 7, and what is left
-    assert hand_out(torch.ones(4, 4)).tolist() == [0, 1, 2, 3]
-    assert hand_out(torch.zeros(0, 0)).tolist() == []
-    random = hand_out(torch.rand(50, 50, generator=torch.Generator().manual_seed(0)))
+    assert assign_greedily(gains).tolist() == [1, 2, 0]  # 9, then 7, and what is left
+    assert assign_greedily(torch.ones(4, 4)).tolist() == [0, 1, 2, 3]
+    assert assign_greedily(torch.zeros(0, 0)).tolist() == []
+    random = assign_greedily(torch.rand(50, 50, generator=torch.Generator().manual_seed(0)))
     assert random.sort().values.tolist() == list(range(50))
 
 
@@ -87,7 +88,9 @@ def test_the_weakest_positions_and_their_reordering_by_hand() -> None:
     layer(torch.randn(5, 20)).square().sum().backward()
     optimizer.step()
     editor, state = editor_for(optimizer), optimizer.state[layer.values]
-    chosen = weakest({"other": DiagonalLinear(20, 20, sparsity=0.9), "layer": layer}, 1.0, editor, Ranks())["layer"]
+    chosen = movable_positions({"other": DiagonalLinear(20, 20, sparsity=0.9), "layer": layer}, 1.0, editor, Ranks())[
+        "layer"
+    ]
     assert chosen.positions.tolist() == [3, 7]  # a tenth
     assert chosen.second_moment == pytest.approx(float(state["exp_avg_sq"].mean()))
     before = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
@@ -111,7 +114,7 @@ def test_a_single_position_is_never_chosen(drop_fraction: float, count: int) -> 
     """It could only keep its input: an order that is to be learned would never change."""
     layer = DiagonalLinear(30, 30, sparsity=0.9, permute=True)
     editor = editor_for(torch.optim.AdamW(layer.parameters()))
-    (chosen,) = weakest({"": layer}, drop_fraction, editor, Ranks()).values()
+    (chosen,) = movable_positions({"": layer}, drop_fraction, editor, Ranks()).values()
     assert len(chosen.positions) == count
 
 
@@ -121,7 +124,7 @@ def test_free_slots_stay_zero() -> None:
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.randn(5, 20)).square().sum().backward()
     optimizer.step()
-    reorder(layer, Weakest(torch.tensor([0, 1]), 0.5), torch.eye(2).flip(0), editor_for(optimizer), 1.0)
+    reorder(layer, Movable(torch.tensor([0, 1]), 0.5), torch.eye(2).flip(0), editor_for(optimizer), 1.0)
     assert not optimizer.state[layer.values]["exp_avg_sq"].view(4, 20)[:2].eq(0.5).any()
 
 
@@ -143,7 +146,7 @@ def test_the_second_moment_is_that_of_the_weights_that_are_there() -> None:
     active = layer.units() >= 0
     assert not active.all()
     second = optimizer.state[layer.values]["exp_avg_sq"]
-    (chosen,) = weakest({"0": layer}, 1.0, editor, Ranks()).values()
+    (chosen,) = movable_positions({"0": layer}, 1.0, editor, Ranks()).values()
     assert chosen.second_moment == pytest.approx(float(second[active].double().mean()))
 
 
@@ -195,7 +198,14 @@ def test_growth_scores_are_of_the_inputs_as_the_weight_sees_them() -> None:
     layer.order.copy_(torch.randperm(40))
     _train(parts, range(1), accumulation=2)
     seen: dict[str, Tensor] = {}
-    topology._signal.take = lambda take=topology._signal.take: seen.update(take()) or dict(seen)  # type: ignore[method-assign]
+    take = topology._signal.take
+
+    def noted() -> Measured:
+        measured = take()
+        seen.update(measured.scores)
+        return measured
+
+    topology._signal.take = noted  # type: ignore[method-assign]
     # The gradient of the effective weight, in the order of the positions, by a dense twin.
     weight = layer.to_dense().detach().requires_grad_()
     x = torch.randn(12, 40, generator=torch.Generator().manual_seed(1))
