@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,17 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import dst_ops
 from dst_train import data, models
 from dst_train.engine import build_topology, compile_config, sparsify_model
-from dst_train.job import BatchPlan, Job, JobError, Key, dump
-from dst_train.sparse import DiagonalLinear, SparsityReport
+from dst_train.job import BatchPlan, Job, JobError, dump
+from dst_train.sparse import DiagonalLinear, RuleError, SparsityReport
 from dst_train.topology import Topology
-
-# What a topology keeps of each unit: the step since which it has been there, and whether it ever was.
-HISTORY_BYTES = 9
+from dst_train.topology.telemetry import History
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`flops`: multiplications and additions of the matrix products of one sample's forward pass, sparse and dense.
+    """`flops`: of the matrix products of one sample's forward pass, an addition counted like a multiplication; sparse and dense.
 
     Memory is per rank, in bytes, without activations; `checkpoint_bytes` is over all ranks.
     """
@@ -37,19 +37,21 @@ class Plan:
     batch: BatchPlan
     report: SparsityReport
     topology: str
-    flops: tuple[int, int] | None
+    flops: tuple[int, int]
     memory: dict[str, int]
     checkpoint_bytes: int
     ds_config: dict[str, Any]
 
     def __str__(self) -> str:
-        lines = [dump(self.job), "batch", f"  {self.batch}", "", "model", *_indent(str(self.report))]
-        if self.flops is not None:
-            sparse, dense = self.flops
-            lines.append(
-                f"  forward, matrix products of one sample: {sparse:,} FLOPs, {dense:,} when dense ({dense / sparse:.2f}x)"
-            )
-        lines += [
+        sparse, dense = self.flops
+        lines = [
+            dump(self.job),
+            "batch",
+            f"  {self.batch}",
+            "",
+            "model",
+            *_indent(str(self.report)),
+            f"  forward, matrix products of one sample: {sparse:,} FLOPs, {dense:,} when dense ({dense / sparse:.2f}x)",
             "",
             "topology",
             f"  {self.topology}",
@@ -79,19 +81,22 @@ def prepare(job: Job, world_size: int, *, check_data: bool = True) -> Plan:
     if world_size > 1:
         _refuse_batch_norm(model)
     sample = data.example_input(job.data.train)
-    dense_flops = _flops(model, sample)
+    dense = _trace(model, sample, "data.train")
     if job.data.eval is not None:
-        _flops(model, data.example_input(job.data.eval), "data.eval")
+        _trace(model, data.example_input(job.data.eval), "data.eval")
     try:
         report = sparsify_model(job, batch, model)
+    except RuleError as error:
+        raise JobError(f"sparsity: {error}", ("sparsity", "rules", error.number)) from error
     except ValueError as error:
-        raise JobError(f"sparsity: {error}", _of_rule(job, str(error))) from error
+        raise JobError(f"sparsity: {error}", ("sparsity",)) from error
     try:
         topology = build_topology(job, batch, model)
     except ValueError as error:
         raise JobError(f"topology: {error}", ("topology",)) from error
     memory, checkpoint = _memory(job, report.parameters, world_size, topology, model)
-    flops = (_flops(model, sample, sparse=[layer.name for layer in report.layers]), dense_flops)
+    layers = {layer.name: model.get_submodule(layer.name) for layer in report.layers}
+    flops = (_sparse_flops(_trace(model, sample, "data.train", layers), layers), dense.flops)
     return Plan(job, batch, report, str(topology), flops, memory, checkpoint, compile_config(job, batch))
 
 
@@ -112,13 +117,6 @@ def _check_data(job: Job) -> None:
                 raise JobError(f"data.{name}: {error}", ("data", name)) from error
 
 
-def _of_rule(job: Job, message: str) -> Key:
-    """The rule that the message quotes, as all do that are about one."""
-    rules = job.sparsity.rules if job.sparsity is not None else []
-    quoted = [i for i, rule in enumerate(rules) if repr(rule.match) in message]
-    return ("sparsity", "rules", quoted[-1]) if quoted else ("sparsity",)
-
-
 def _refuse_batch_norm(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, nn.SyncBatchNorm):
@@ -129,23 +127,29 @@ def _refuse_batch_norm(model: nn.Module) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Trace:
+    """A forward pass of one sample. flops: of what torch counts. tokens: that each of the watched layers got, if it was called."""
+
+    flops: int
+    tokens: dict[str, int]
+
+
 @torch.no_grad()
-def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train", sparse: Sequence[str] = ()) -> int:
-    """Matrix products that torch counts, plus 2 K L per token for the diagonal layers, whose op it does not know.
+def _trace(
+    model: nn.Module, sample: torch.Tensor, split: str, watched: Mapping[str, nn.Module] = MappingProxyType({})
+) -> _Trace:
+    """Run one sample of a split through the model.
 
-    K is that of the settled topology. Masked layers count as what they are: dense. sparse: names of replaced layers, each of
-    which must be called.
+    Raises:
+        JobError: the model does not take it, or reads one of the watched layers as if it were dense.
     """
-    extra, called = 0, set()
+    tokens: dict[str, int] = {}
 
-    def count(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        nonlocal extra
-        called.add(layer)
-        if isinstance(layer, DiagonalLinear):
-            extra += 2 * layer.num_final * layer.unit_entries * (output.numel() // output.shape[-1])
+    def count(name: str, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        tokens[name] = tokens.get(name, 0) + output.numel() // output.shape[-1]
 
-    replaced = {model.get_submodule(name): name for name in sparse}
-    handles = [layer.register_forward_hook(count) for layer in replaced]
+    handles = [layer.register_forward_hook(partial(count, name)) for name, layer in watched.items()]
     training, learned = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for parameter in learned:  # the counter's hooks do not bear views of them without a gradient
@@ -155,7 +159,7 @@ def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train", sp
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(sample)
     except AttributeError as error:
-        reads = next((name for layer, name in replaced.items() if layer is error.obj), None)
+        reads = next((name for name, layer in watched.items() if layer is error.obj), None)
         if reads is None:
             raise
         raise _not_called(reads) from error
@@ -171,10 +175,23 @@ def _flops(model: nn.Module, sample: torch.Tensor, split: str = "data.train", sp
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    for layer, name in replaced.items():
-        if layer not in called:
+    return _Trace(counter.get_total_flops(), tokens)
+
+
+def _sparse_flops(trace: _Trace, layers: Mapping[str, nn.Module]) -> int:
+    """With 2 K L per token for the diagonal layers, whose op torch's counter does not know; K is that of the settled topology. Masked
+    layers count as what they are: dense.
+
+    Raises:
+        JobError: a layer was not called.
+    """
+    flops = trace.flops
+    for name, layer in layers.items():
+        if name not in trace.tokens:
             raise _not_called(name)
-    return counter.get_total_flops() + extra
+        if isinstance(layer, DiagonalLinear):
+            flops += 2 * layer.num_final * layer.unit_entries * trace.tokens[name]
+    return flops
 
 
 def _not_called(name: str) -> JobError:
@@ -209,7 +226,7 @@ def _memory(
     memory["total"] = sum(memory.values())
     learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     saved = sum(_size(value) for name, value in model.state_dict().items() if name not in learned)
-    saved += sum(layer.num_units * HISTORY_BYTES for layer in topology.layers.values())
+    saved += sum(layer.num_units * History.BYTES_PER_UNIT for layer in topology.layers.values())
     saved += ((low if stage < 3 else 0) + masters + states) * parameters  # at stage 3 the masters are all there is
     return memory, saved
 

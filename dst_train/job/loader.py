@@ -14,31 +14,35 @@ import yaml
 
 from dst_train.job.errors import JobError, Key
 from dst_train.job.schema import Job
-from dst_train.job.source import Dumper, Source, dotted, read
+from dst_train.job.source import Dumper, Override, Source, dotted, read
 from dst_train.job.validate import validate
 
 PATHS: tuple[Key, ...] = (("data", "train", "shards"), ("data", "eval", "shards"), ("data", "cache_dir"), ("run_root",))
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+def load(path: str | Path, overrides: Sequence[str | Override] = ()) -> Job:
     """Read a job. `overrides` are `dotted.key=value`, split at the first `=`, the value read as YAML.
 
     Raises:
         JobError: a line `file:line key.path: what is wrong` for everything that is wrong.
     """
-    source = read(Path(path), overrides)
+    source = _read(path, overrides)
     if "axes" in source.data and "job" in source.data:
         raise JobError(f"{source.place(())}: this is a study: run it with dst-train study {path}")
     problems = expand_variables(source, PATHS)
     return validate(Job, source, problems, also=("extends",))
 
 
-def locate(error: JobError, path: str | Path, overrides: Sequence[str] = ()) -> JobError:
+def locate(error: JobError, path: str | Path, overrides: Sequence[str | Override] = ()) -> JobError:
     """The error with the line, or the override, of the key that it is about: of a job that `load` took and something else refuses."""
     if error.key is None:
         return error
-    return JobError(f"{read(Path(path), overrides).place(error.key)} {error}")
+    return JobError(f"{_read(path, overrides).place(error.key)} {error}")
+
+
+def _read(path: str | Path, overrides: Sequence[str | Override]) -> Source:
+    return read(Path(path), [o if isinstance(o, Override) else Override(o, f"--set {o}") for o in overrides])
 
 
 def dump(job: Job) -> str:
@@ -63,7 +67,7 @@ def expand_variables(source: Source, keys: Sequence[Key]) -> list[str]:
         text = parent[key[-1]]
         for name in sorted(set(_VARIABLE.findall(text)) - set(os.environ)):
             problems.append(
-                f"{source.place(key)} {dotted(key)}: the environment variable {name} is not set (for `dst-train plan --no-data` any value will do)"
+                f"{source.place(key)} {dotted(key)}: the environment variable {name} is not set (any value will do where the files are not read)"
             )
         parent[key[-1]] = _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), text)
     return problems

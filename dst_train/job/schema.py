@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -291,29 +293,42 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _check_conflicts(self) -> Job:
+        conflicts = list(self._conflicts())
+        if conflicts:
+            text = "; ".join(f"{'.'.join(key)}: {problem}" for key, problem in conflicts)
+            raise PydanticCustomError("conflicts", "{text}", {"text": text, "conflicts": conflicts})
+        return self
+
+    def _conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Keys that do not go together with keys of other sections, and why."""
+        stage = self.deepspeed.zero_optimization.stage
         if self.schedule.min_lr > self.optimizer.lr:
-            raise ValueError(
-                f"schedule.min_lr {self.schedule.min_lr:g} is above optimizer.lr {self.optimizer.lr:g}, from which the rate decays to it"
+            yield (
+                ("schedule", "min_lr"),
+                f"{self.schedule.min_lr:g} is above optimizer.lr {self.optimizer.lr:g}, from which the rate decays to it",
             )
         if self.topology.method == "dynadiag" and self.optimizer.name != "adamw":
-            raise ValueError(
-                f"topology.method dynadiag with optimizer.name {self.optimizer.name}: the gradients of alpha have no scale "
-                "of their own, as only Adam can take them; use adamw"
+            yield (
+                ("topology", "method"),
+                f"dynadiag with optimizer.name {self.optimizer.name}: the gradients of alpha have no scale of their own, as only "
+                "Adam can take them; use adamw",
             )
         trained = [key for key in ("pretrained", "checkpoint_path") if getattr(self.model, "args", {}).get(key)]
         if trained and self.sparsity is not None:
-            raise ValueError(
-                f"model.args.{trained[0]} with sparsity: sparse layers keep a part of the weights, rescaled as if they were "
-                "initial values, which is not what was trained; leave it out, or set sparsity null"
+            yield (
+                ("model", "args", trained[0]),
+                "sparse layers keep a part of the weights, rescaled as if they were initial values, which is not what was trained; "
+                "leave it out, or set sparsity null",
             )
-        if self.train.precision == "bf16_params" and self.deepspeed.zero_optimization.stage == 0:
-            raise ValueError(
-                "train.precision bf16_params with deepspeed.zero_optimization.stage 0 takes a false first optimiser step "
-                "in DeepSpeed; use stage 1, 2 or 3, or precision bf16"
+        if self.train.precision == "bf16_params" and stage == 0:
+            yield (
+                ("train", "precision"),
+                "bf16_params with deepspeed.zero_optimization.stage 0 takes a false first optimiser step in DeepSpeed; use stage 1, "
+                "2 or 3, or precision bf16",
             )
-        if self.train.max_skipped_steps and self.deepspeed.zero_optimization.stage == 0:
-            raise ValueError(
-                f"train.max_skipped_steps {self.train.max_skipped_steps} with deepspeed.zero_optimization.stage 0: without "
-                "ZeRO nothing stands between a bad gradient and the weights; use stage 1, 2 or 3, or max_skipped_steps 0"
+        if self.train.max_skipped_steps and stage == 0:
+            yield (
+                ("train", "max_skipped_steps"),
+                f"{self.train.max_skipped_steps} with deepspeed.zero_optimization.stage 0: without ZeRO nothing stands between a bad "
+                "gradient and the weights; use stage 1, 2 or 3, or max_skipped_steps 0",
             )
-        return self

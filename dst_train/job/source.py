@@ -41,9 +41,17 @@ for _reader in (_Loader, Dumper):
     _reader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 
 
+@dataclass(frozen=True)
+class Override:
+    """`dotted.key=value`, and the place that errors name."""
+
+    text: str
+    place: str
+
+
 @dataclass
 class Source:
-    """A tree of plain Python values, and for each key the place it came from: `file:line` or `--set key=value`."""
+    """A tree of plain Python values, and for each key the place it came from: `file:line`, or that of an override."""
 
     data: dict[str, Any]
     places: dict[Key, str] = field(default_factory=dict)
@@ -55,15 +63,15 @@ class Source:
         return self.places[key]
 
 
-def read(path: Path, overrides: Sequence[str]) -> Source:
+def read(path: Path, overrides: Sequence[Override]) -> Source:
     """The file, over its chain of parents, under the overrides.
 
     Raises:
         JobError: a file that cannot be read or parsed, a repeated key, a circle of `extends`, a malformed override.
     """
     source = _read_chain(path, ())
-    for text in overrides:
-        _override(source, text)
+    for override in overrides:
+        _apply(source, override)
     return source
 
 
@@ -183,43 +191,44 @@ def _merge(base: dict[str, Any], child: dict[str, Any], places: dict[Key, str], 
         places.update({k: v for k, v in new.items() if k[: len(inner)] == inner})
 
 
-def _override(source: Source, text: str) -> None:
+def _apply(source: Source, override: Override) -> None:
     """Sets one key. A mapping does not merge into the old one; mappings that are not there yet are made."""
-    name, equals, value = text.partition("=")
+    name, equals, value = override.text.partition("=")
+    place = f"{override.place}:"
     names = name.split(".")
     if names[0] == "extends":
-        raise JobError(f"--set {text}: a job extends another in its file only; write `extends` there")
+        raise JobError(f"{place} a job extends another in its file only; write `extends` there")
     if not equals or not all(names):
-        raise JobError(f"--set {text}: expected KEY=VALUE with a dotted key, for example train.batch_size=64")
+        raise JobError(f"{place} expected KEY=VALUE with a dotted key, for example train.batch_size=64")
     try:
         node = _Loader(value).get_single_node()
     except yaml.YAMLError as error:
-        raise JobError(f"--set {text}: the value is not valid YAML: {_problem(error)}") from error
+        raise JobError(f"{place} the value is not valid YAML: {_problem(error)}") from error
     except RecursionError as error:
-        raise JobError(f"--set {text}: the value is nested too deeply") from error
+        raise JobError(f"{place} the value is nested too deeply") from error
     parent: Any = source.data
     key: Key = ()
     for i, name in enumerate(names):
-        part = _part(parent, name, key, text)
+        part = _part(parent, name, key, place)
         key = (*key, part)
         last = i == len(names) - 1
         if last or not isinstance(parent[part] if isinstance(part, int) else parent.get(part), dict | list):
             for stale in [k for k in source.places if k[: len(key)] == key]:
                 del source.places[stale]
-            source.places[key] = f"--set {text}:"
+            source.places[key] = place
             parent[part] = {}
             if last:
-                parent[part] = _build(node, key, source.places, lambda _: f"--set {text}:") if node else None
+                parent[part] = _build(node, key, source.places, lambda _: place) if node else None
         parent = parent[part]
 
 
-def _part(parent: dict[str, Any] | list[Any], name: str, key: Key, text: str) -> str | int:
+def _part(parent: dict[str, Any] | list[Any], name: str, key: Key, place: str) -> str | int:
     """The key of a mapping, or the index of an item that a list has."""
     if isinstance(parent, dict):
         return name
     if not (name.isascii() and name.isdigit() and int(name) < len(parent)):
         raise JobError(
-            f"--set {text}: {dotted(key)} is a list of {len(parent)}; {name!r} is not the index (from 0) of one of its items"
+            f"{place} {dotted(key)} is a list of {len(parent)}; {name!r} is not the index (from 0) of one of its items"
         )
     return int(name)
 

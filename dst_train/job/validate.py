@@ -26,14 +26,17 @@ def validate(model: type[M], source: Source, problems: Sequence[str] = (), *, al
     try:
         result = model.model_validate(source.data)
     except ValidationError as errors:
-        found += [_describe(error, model, source, also) for error in errors.errors(include_url=False)]
+        for error in errors.errors(include_url=False):
+            found += _describe(error, model, source, also)
     if found:
         raise JobError("\n".join(sorted(dict.fromkeys(found), key=_by_line)))
     return result
 
 
-def _describe(error: Any, model: type[BaseModel], source: Source, also: Sequence[str]) -> str:
+def _describe(error: Any, model: type[BaseModel], source: Source, also: Sequence[str]) -> list[str]:
     location, kind = error["loc"], error["type"]
+    if kind == "conflicts":
+        return [f"{source.place(key)} {dotted(key)}: {text}" for key, text in error["ctx"]["conflicts"]]
     # pydantic puts the tag of a discriminated union into the location; the file has no such level.
     key: Key = tuple(
         part for i, part in enumerate(location) if not (i == 1 and location[0] == "model" and part in BUILDERS)
@@ -56,7 +59,7 @@ def _describe(error: Any, model: type[BaseModel], source: Source, also: Sequence
     else:
         message = error["msg"][0].lower() + error["msg"][1:]
         text = f"{message}, got {error['input']!r}"
-    return f"{source.place(key)} {dotted(key)}: {text}" if key else f"{source.place(key)}: {text}"
+    return [f"{source.place(key)} {dotted(key)}: {text}" if key else f"{source.place(key)}: {text}"]
 
 
 def _nearest(word: str, choices: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from dst_train.sparse.low_rank import LowRank
 from dst_train.sparse.masked import PATTERNS, MaskedLinear
 from dst_train.sparse.report import LayerReport, SparsityReport
 from dst_train.sparse.sdgp import SdgpLinear
-from dst_train.sparse.sparsify import SparsityRule, sparse_layers, sparsify
+from dst_train.sparse.sparsify import RuleError, SparsityRule, sparse_layers, sparsify
 from dst_train.sparse.sr_ste import SrSteLinear
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "LayerReport",
     "LowRank",
     "MaskedLinear",
+    "RuleError",
     "SdgpLinear",
     "SparseLayer",
     "SparsityReport",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -21,6 +22,14 @@ from dst_train.sparse.masked import PATTERNS, MaskedLinear
 from dst_train.sparse.report import LayerReport, SparsityReport
 from dst_train.sparse.sdgp import SdgpLinear
 from dst_train.sparse.sr_ste import SrSteLinear
+
+
+class RuleError(ValueError):
+    """A rule that cannot be followed. `number`: its place in the list, from 0."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ def sparsify(
         rank: of the low-rank path of diagonal layers, see `LowRank`; 0 for none.
 
     Raises:
-        ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
+        RuleError (a ValueError), where it is about one rule; ValueError: a rule that matches no linear layer, a pattern or budget that is unknown, a band or size that does not
             divide a layer or does not belong to the pattern, a model that is a linear layer, a weight that two modules share or that
             is frozen, a layer with hooks, sparsity outside [0, 1), explore below 1, an unknown gate, a rank above a layer's size, a gate or rank for a layer
             that is not diagonal, or `sdgp` under another budget than `uniform`.
@@ -111,34 +120,47 @@ def sparsify(
         raise ValueError(
             f"rules={rules!r}: expected a list of rules, such as [{{'match': '*.mlp.*', 'sparsity': 0.9}}]"
         )
-    parsed = [_parse(rule) for rule in rules]
+    parsed = []
+    for number, rule in enumerate(rules):
+        with _about(number):
+            parsed.append(_parse(rule))
     dense = _replaceable(model)
     if "" in dense:
         raise ValueError(
             "the model is a linear layer itself and cannot be replaced in place; wrap it: nn.Sequential(model)"
         )
     chosen = _assign(parsed, dense, model)
-    for layer, rule in chosen:
-        if rule.pattern == "sdgp" and budget != "uniform":
-            raise ValueError(
-                f"layer {layer.name} (rule {rule.match!r}): pattern sdgp prunes gradients, not weights, and has no share in "
-                f"budget {budget!r}; use uniform"
+    for layer, number in chosen:
+        if parsed[number].pattern == "sdgp" and budget != "uniform":
+            raise RuleError(
+                f"layer {layer.name} (rule {parsed[number].match!r}): pattern sdgp prunes gradients, not weights, and has no share "
+                f"in budget {budget!r}; use uniform",
+                number,
             )
     density = densities(
         budget,
         [(layer.weight.shape[0], layer.weight.shape[1]) for layer, _ in chosen],
-        [1.0 - (rule.sparsity or 0.0) for _, rule in chosen],
+        [1.0 - (parsed[number].sparsity or 0.0) for _, number in chosen],
     )
     dense_parameters = sum(p.numel() for p in model.parameters())
     options, built = _Options(explore, gate, rank, accumulation), []
-    for i, ((layer, rule), share) in enumerate(zip(chosen, density, strict=True)):
-        built.append(_build(layer, rule, share, generator_of("first units", seed, i), options))
+    for i, ((layer, number), share) in enumerate(zip(chosen, density, strict=True)):
+        with _about(number):
+            built.append(_build(layer, parsed[number], share, generator_of("first units", seed, i), options))
     for report, module in built:
         parent, _, child = report.name.rpartition(".")
         module.replaced = type(model.get_submodule(report.name))
         setattr(model.get_submodule(parent), child, module)
     _keep_off_the_fast_path(model)
     return SparsityReport(tuple(r for r, _ in built), sum(p.numel() for p in model.parameters()), dense_parameters)
+
+
+@contextmanager
+def _about(number: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RuleError(str(error), number) from error
 
 
 def _parse(rule: Any) -> SparsityRule:
@@ -179,38 +201,46 @@ def _replaceable(model: nn.Module) -> dict[str, _Dense]:
     return found
 
 
-def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Module) -> list[tuple[_Dense, SparsityRule]]:
-    for rule in rules:
+def _assign(rules: list[SparsityRule], dense: dict[str, _Dense], model: nn.Module) -> list[tuple[_Dense, int]]:
+    """The layers to replace, each with the number of the rule that decides."""
+    for number, rule in enumerate(rules):
         if not any(fnmatchcase(name, rule.match) for name in dense):
             near = difflib.get_close_matches(rule.match, list(dense), n=3, cutoff=0.0)
-            raise ValueError(
-                f"rule {rule.match!r} matches no linear layer of the model; it has, for example, {', '.join(near)}"
+            raise RuleError(
+                f"rule {rule.match!r} matches no linear layer of the model; it has, for example, {', '.join(near)}",
+                number,
             )
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     places = Counter(id(child) for m in model.modules() for child in m._modules.values())
     chosen = []
     for name, layer in dense.items():
-        last = next((rule for rule in reversed(rules) if fnmatchcase(name, rule.match)), None)
-        if last is None or last.sparsity is None:
+        matching = [number for number, rule in enumerate(rules) if fnmatchcase(name, rule.match)]
+        if not matching or rules[matching[-1]].sparsity is None:
             continue
-        module = model.get_submodule(name)
-        if owners[id(module.weight)] > 1 or places[id(module)] > 1:
-            raise ValueError(
-                f"layer {name} shares its weight with another module; keep it dense: add a rule with sparsity: null"
-            )
-        if not module.weight.requires_grad:
-            raise ValueError(
-                f"layer {name} is frozen (its weight has requires_grad=False), and a sparse layer in its place would start to "
-                "learn; keep it dense: add a rule with sparsity: null, or freeze it after sparsify()"
-            )
-        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-        if any(hooks) or "forward" in vars(module):
-            raise ValueError(
-                f"layer {name} has hooks, as torch.nn.utils.weight_norm registers them, which its replacement would not have; "
-                "remove them or register them after sparsify(), or keep it dense: add a rule with sparsity: null"
-            )
-        chosen.append((layer, last))
+        with _about(matching[-1]):
+            _check_replaceable(name, model.get_submodule(name), owners, places)
+        chosen.append((layer, matching[-1]))
     return chosen
+
+
+def _check_replaceable(name: str, module: nn.Module, owners: Counter[int], places: Counter[int]) -> None:
+    """owners, places: how often each parameter and each module is in the model, by id."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if owners[id(weight)] > 1 or places[id(module)] > 1:
+        raise ValueError(
+            f"layer {name} shares its weight with another module; keep it dense: add a rule with sparsity: null"
+        )
+    if not weight.requires_grad:
+        raise ValueError(
+            f"layer {name} is frozen (its weight has requires_grad=False), and a sparse layer in its place would start to "
+            "learn; keep it dense: add a rule with sparsity: null, or freeze it after sparsify()"
+        )
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    if any(hooks) or "forward" in vars(module):
+        raise ValueError(
+            f"layer {name} has hooks, as torch.nn.utils.weight_norm registers them, which its replacement would not have; "
+            "remove them or register them after sparsify(), or keep it dense: add a rule with sparsity: null"
+        )
 
 
 def _build(

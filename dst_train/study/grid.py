@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dst_train.job import Job, JobError, digest, load, locate
-from dst_train.job.source import Source
+from dst_train.job.source import Override, Source
 from dst_train.study.schema import Study, read_study
 
 Point = tuple[str, ...]
@@ -23,14 +23,14 @@ OWN_KEYS = ("name", "run_root", "seed")
 class Run:
     """points: where in the grid the run is shown; the first one and the seed make its name.
 
-    base, overrides: the file of the job, and what the study overrides in it: place in the study's file and text.
+    base, overrides: the file of the job, and what the study overrides in it.
     """
 
     job: Job
     ranks: int
     points: tuple[Point, ...]
     base: Path
-    overrides: tuple[tuple[str, str], ...]
+    overrides: tuple[Override, ...]
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class Run:
 
     def locate(self, error: JobError) -> JobError:
         """The error with the line, of the job's file or the study's, of the key that it is about."""
-        return _in_study(locate(error, self.base, [text for _, text in self.overrides]), self.overrides)
+        return locate(error, self.base, self.overrides)
 
 
 @dataclass(frozen=True)
@@ -99,40 +99,28 @@ def build(path: Path) -> Grid:
 def _resolve(study: Study, source: Source, base: Path, point: Point) -> Run:
     """The run of a point, without a seed; errors name the line of the override in the file of the study."""
     ranks, overrides = 1, []
-    for place, text in _overrides(study, source, point):
-        key, _, value = text.partition("=")
+    for override in _overrides(study, source, point):
+        key, _, value = override.text.partition("=")
         if key == "ranks":
             if not (value.isascii() and value.isdigit() and int(value) > 0):
-                raise JobError(f"{place} {text}: must be a number of ranks, at least 1")
+                raise JobError(f"{override.place}: must be a number of ranks, at least 1")
             ranks = int(value)
         elif key in OWN_KEYS:
-            raise JobError(f"{place} {text}: the study itself sets {', '.join(OWN_KEYS)} of each run")
+            raise JobError(f"{override.place}: the study itself sets {', '.join(OWN_KEYS)} of each run")
         else:
-            overrides.append((place, text))
-    try:
-        job = load(base, [text for _, text in overrides])
-    except JobError as error:
-        raise _in_study(error, overrides) from error
+            overrides.append(override)
+    job = load(base, overrides)
     if job.data.eval is None:
         raise JobError(f"{source.place(('metric',))} metric: the job has no data.eval at {'-'.join(point)}")
     return Run(_unwatched(job), ranks, (point,), base, tuple(overrides))
 
 
-def _in_study(error: JobError, overrides: Sequence[tuple[str, str]]) -> JobError:
-    """With the places of overrides in the study's file."""
-    message = str(error)
-    for place, text in overrides:
-        message = message.replace(f"--set {text}:", f"{place} {text}:")
-    return JobError(message)
-
-
-def _overrides(study: Study, source: Source, point: Point) -> Iterator[tuple[str, str]]:
-    """Place and text of the overrides of a point."""
+def _overrides(study: Study, source: Source, point: Point) -> Iterator[Override]:
     for i, text in enumerate(study.set):
-        yield source.place(("set", i)), text
+        yield Override(text, f"{source.place(('set', i))} {text}")
     for (axis, values), label in zip(study.axes.items(), point, strict=True):
         for i, text in enumerate(values[label]):
-            yield source.place(("axes", axis, label, i)), text
+            yield Override(text, f"{source.place(('axes', axis, label, i))} {text}")
 
 
 def _unwatched(job: Job) -> Job:

@@ -11,6 +11,8 @@ from torch import Tensor
 class History:
     """Which units of a layer were ever active, and since when those are that are. Equal on all ranks."""
 
+    BYTES_PER_UNIT = 9  # of `since` and `tried`
+
     def __init__(self, units: Tensor, num_units: int) -> None:
         """units: the active ones [slots], taken as grown at step 0."""
         self.since = torch.full((num_units,), -1, dtype=torch.int64)  # optimiser step; -1: absent

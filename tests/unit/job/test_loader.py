@@ -87,11 +87,20 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(write: Write) -> None:
     assert [line.split()[0] for line in _lines(write(text))] == ["job.yaml:5", "job.yaml:6", "job.yaml:13"]
 
 
+def test_sections_that_do_not_go_together_are_named_by_the_line_of_the_key_and_all_at_once(write: Write) -> None:
+    overrides = ("train.max_skipped_steps=3", "deepspeed.zero_optimization.stage=0", "optimizer.name=sgd")
+    text = TEXT.replace("rigl", "dynadiag") + "schedule: {min_lr: 1}\n"
+    skipped, method, rate = _lines(write(text), overrides)
+    assert method.startswith("job.yaml:6 topology.method: dynadiag with optimizer.name sgd")
+    assert rate.startswith("job.yaml:14 schedule.min_lr: 1 is above optimizer.lr 0.001")
+    assert skipped.startswith("--set train.max_skipped_steps=3: train.max_skipped_steps: 3 with")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("train.precision=bf16_params", "deepspeed.zero_optimization.stage=0"), "takes a false first optimiser step"),
-        (("train.max_skipped_steps=3", "deepspeed.zero_optimization.stage=0"), "train.max_skipped_steps 3 with deepspeed.zero_optimization.stage 0"),
+        (("train.max_skipped_steps=3", "deepspeed.zero_optimization.stage=0"), "train.max_skipped_steps: 3 with deepspeed.zero_optimization.stage 0"),
     ],
 )  # fmt: skip
 def test_what_stage_0_cannot_do(write: Write, overrides: tuple[str, ...], message: str) -> None:
@@ -226,7 +235,7 @@ def test_overrides_reach_into_lists(write: Write) -> None:
         ("sparsity.rules.0.match=*", "--set sparsity.rules.0.match=*: the value is not valid YAML: expected alphabetic or numeric character"),
         ("seed=" + 3000 * "[", "--set seed=" + 3000 * "[" + ": the value is nested too deeply"),
         ("train.epochs=1000000000000000000000", "--set train.epochs=1000000000000000000000: train.epochs: input should be less than 2147483648"),
-        ("schedule.min_lr=1", "job.yaml:1: schedule.min_lr 1 is above optimizer.lr 0.001, from which the rate decays to it"),
+        ("schedule.min_lr=1", "--set schedule.min_lr=1: schedule.min_lr: 1 is above optimizer.lr 0.001, from which the rate decays to it"),
         ("seed=", "--set seed=: seed: input should be a valid integer, got None"),
         ("seed=08", "--set seed=08: seed: input should be a valid integer, got '08'"),
         ("seed=!!int x", "--set seed=!!int x: seed: 'x' is not a valid int"),
@@ -263,7 +272,7 @@ def test_environment_variables_stand_in_paths_only(write: Write, monkeypatch: py
     assert job.sparsity.rules[0].match == "${DST_TEST}"
     lines = _lines(write(TEXT.replace("a-{", "${DST_NONE}/a-{")))
     assert lines == [
-        "job.yaml:8 data.train.shards: the environment variable DST_NONE is not set (for `dst-train plan --no-data` any value will do)"
+        "job.yaml:8 data.train.shards: the environment variable DST_NONE is not set (any value will do where the files are not read)"
     ]
 
 

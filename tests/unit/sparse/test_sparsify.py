@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from dst_train.sparse import DiagonalLinear, MaskedLinear, SparsityRule, densify, densities, sparse_layers, sparsify
+from dst_train.sparse import (
+    DiagonalLinear,
+    MaskedLinear,
+    RuleError,
+    SparsityRule,
+    densify,
+    densities,
+    sparse_layers,
+    sparsify,
+)
 
 
 class Net(nn.Module):
@@ -310,3 +319,23 @@ def test_a_sparsity_that_a_layer_has_too_few_units_for_is_told() -> None:
     )
     assert report.sparsity_warning in str(report)
     assert sparsify(Net(), [{"match": "*.fc*", "sparsity": 0.9, "band": 16}]).sparsity_warning is None  # 1 of 8 units
+
+
+@pytest.mark.parametrize(
+    ("rules", "number"),
+    [
+        ([{"match": "*", "sparsity": 0.9}, {"match": "*.fc2", "sparsity": 2.0}], 1),
+        (
+            [{"match": "*", "sparsity": 0.9}, {"match": "*.fc3", "sparsity": 0.9}, {"match": "*.fc2", "sparsity": 0.9}],
+            1,
+        ),
+        ([{"match": "*", "sparsity": 0.9}, {"match": "*", "sparsity": 0.9, "band": 7}], 1),
+        ([{"match": "*", "sparsity": 0.9}, {"match": "head", "sparsity": None}], 0),
+    ],
+)
+def test_an_error_tells_the_number_of_its_rule(rules: list[dict[str, Any]], number: int) -> None:
+    model = Net()
+    model.blocks[1].fc1.weight.requires_grad_(False)
+    with pytest.raises(RuleError) as error:
+        sparsify(model, rules)
+    assert error.value.number == number
