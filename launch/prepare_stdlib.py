@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dst_train.data import write_sequences
-from dst_train.data.files import sums_match, write_sums
+from dst_train.data.sums import sums_match, write_sums
 
 SEED = 0
 SEPARATOR = b"\0"

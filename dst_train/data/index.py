@@ -15,7 +15,7 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext
 
 from dst_train.data.errors import DataError
-from dst_train.data.files import atomic_file
+from dst_train.files import atomic_file
 
 log = logging.getLogger(__name__)
 VERSION = 1

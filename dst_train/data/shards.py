@@ -13,7 +13,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from dst_train.data.errors import DataError
-from dst_train.data.files import atomic_file
+from dst_train.files import atomic_file
 
 MADE_BY = {"data/digits": "launch/prepare_digits.py", "data/stdlib": "launch/prepare_stdlib.py"}
 """The shards of this project's own jobs, and the programs that write them."""

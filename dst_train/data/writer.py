@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from dst_train.data.files import atomic_file
+from dst_train.files import atomic_file
 
 # stored, not compressed: the output of deflate differs between zlib versions
 ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from dst_train.engine import reshard
+from dst_train.files import write_text
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
@@ -49,7 +50,7 @@ class Found:
 
     @property
     def stage(self) -> int:
-        """ZeRO's."""
+        """The ZeRO stage that wrote it."""
         stage: int = self.job["deepspeed"]["zero_optimization"]["stage"]
         return stage
 
@@ -146,10 +147,12 @@ class Checkpoints:
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
         listed = dict(zip(files, _in_threads(_seal, files.values()), strict=True))
         manifest = {**facts, "files": listed}
-        _write(folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+        write_text(folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+        _sync(folder)
         os.replace(folder, self._root / tag)
+        _sync(self._root)  # before `latest` names it
+        write_text(self._root / "latest", tag)
         _sync(self._root)
-        _write(self._root / "latest", tag)
 
     def _prune(self, newest: str) -> list[str]:
         """What is older than the newest `keep`, and later than `newest`: damaged, or the run would have continued from there."""
@@ -195,7 +198,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _tags(root: Path) -> list[str]:
-    """Of whole checkpoints, the earliest first; folders of other names are not ours."""
+    """Names of complete checkpoints, oldest first; other folders are not ours."""
     names = [p.name for p in root.glob("step-*") if p.is_dir() and re.fullmatch(r"step-\d{8,}", p.name)]
     return sorted(names, key=_step)
 
@@ -281,11 +284,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)

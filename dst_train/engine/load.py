@@ -14,8 +14,6 @@ from dst_train.engine import reshard
 from dst_train.engine.build import build_topology, sparsify_model
 from dst_train.engine.checkpoint import CheckpointError, search
 from dst_train.job import BatchPlan, Job
-from dst_train.sparse import sparse_layers
-from dst_train.topology import policy
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,5 @@ def load_run(run_directory: str | Path) -> LoadedRun:
     else:
         state = reshard.rank_0(root / found.tag)["module"]
     model.load_state_dict(state)
-    settings = build_topology(job, plan, model).settings
-    for layer in sparse_layers(model).values():  # a function of the step, and no part of the state
-        layer.temperature = policy.temperature(*settings.temperature, found.step + 1, settings.last_step)
+    build_topology(job, plan, model).set_temperature(found.step + 1)
     return LoadedRun(model.eval(), job, found.step)

@@ -110,7 +110,7 @@ class DeepSpeedEditor:
 
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
-        """The optimiser's, of each of `flat_masters`; without them before the first step. For ZeRO 1 to 3."""
+        """Optimiser state of ZeRO 1 to 3 by flat master tensor; empty before the first step."""
         return self._engine.optimizer.optimizer.state
 
     def refresh(self) -> None:

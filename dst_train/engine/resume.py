@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dst_train.job import differences
+
 # Everything else shapes the weights, the order of samples or the schedules of the run being continued.
 MAY_CHANGE = (
     "run_root",
@@ -38,10 +40,12 @@ def check_job(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """
     allowed: list[str] = []
     refused: list[str] = []
-    for key, old, new in differences(saved, current):
-        free = any(key == prefix or key.startswith(prefix + ".") for prefix in MAY_CHANGE)
-        free = free or (key == STAGE and 0 not in (old, new))  # stage 0 keeps its masters elsewhere
-        (allowed if free else refused).append(f"{key}: {old!r} -> {new!r}")
+    for change in differences(saved, current):
+        free = any(change.key == prefix or change.key.startswith(prefix + ".") for prefix in MAY_CHANGE)
+        free = free or (
+            change.key == STAGE and 0 not in (change.old, change.new)
+        )  # stage 0 keeps its masters elsewhere
+        (allowed if free else refused).append(str(change))
     if refused:
         raise JobChangedError(
             "the job is not the one that wrote the checkpoint: "
@@ -49,13 +53,3 @@ def check_job(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
             + ". Change it back, or give the job another name, under which it starts anew"
         )
     return allowed
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Key, old and new value of everything that differs between two nested mappings."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(set(old) | set(new)):
-            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if old == new else [(path, old, new)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dst_train import job as jobs
 from dst_train.engine.checkpoint import CheckpointError, Checkpoints, Found, broadcast
 from dst_train.engine.config import compile_config
-from dst_train.engine.resume import check_job, differences
+from dst_train.engine.resume import check_job
 from dst_train.engine.session import (
     Session,
     build_session,
@@ -24,7 +24,8 @@ from dst_train.engine.session import (
 )
 from dst_train.engine.trainer import Trainer
 from dst_train.engine.watchdog import Watchdog
-from dst_train.job import BatchPlan, Job
+from dst_train.files import write_text
+from dst_train.job import BatchPlan, Job, differences
 from dst_train.monitor import Monitor, RunDirectory
 from dst_train.monitor.run_directory import UNLOCKABLE
 from dst_train.processes import signals
@@ -76,8 +77,8 @@ def _run(
         for note in [*notes, *more]:
             monitor.message(note)
         if rank == 0:
-            directory.write_text("job.yaml", jobs.dump(job))
-            directory.write_text("ds_config.json", json.dumps(compile_config(job, plan), indent=2))
+            write_text(directory.path / "job.yaml", jobs.dump(job))
+            write_text(directory.path / "ds_config.json", json.dumps(compile_config(job, plan), indent=2))
             directory.write_environment()
         # Only noted: collectives in a handler deadlock, as launchers signal one rank at a time.
         with signals() as received:
@@ -86,7 +87,17 @@ def _run(
                 monitor.message(session.report.sparsity_warning)
             if session.topology.layers and not session.topology.update_steps:
                 monitor.message(f"topology {session.topology}")
-            trainer = _trainer(job, plan, session, monitor, watchdog, checkpoints, found, lambda: bool(received))
+
+            def save(step: int) -> None:
+                facts = {"job": job.model_dump(mode="json"), "topology_digest": session.topology.digest()}
+                state = {"trainer": trainer.state_dict(), "topology": session.topology.state_dict()}
+                for note in checkpoints.save(session.engine, step, state, facts):
+                    monitor.message(note)
+
+            trainer = Trainer(job, plan, session, monitor, watchdog, save=save, stop_requested=lambda: bool(received))
+            if found is not None:
+                for note in _resume(trainer, session, checkpoints, found, job, plan):
+                    monitor.message(note)
             trainer.fit(plan.total_steps if stop_at is None else min(stop_at, plan.total_steps))
         close_session(session)  # not after an error: the ranks are no longer in step, and the process ends
         return Outcome(directory.path, trainer.step, trainer.finished, trainer.last_evaluation)
@@ -135,44 +146,23 @@ def _resumable(job: Job, checkpoints: Checkpoints) -> tuple[Found | None, list[s
     return found, notes
 
 
-def _trainer(
-    job: Job,
-    plan: BatchPlan,
-    session: Session,
-    monitor: Monitor,
-    watchdog: Watchdog,
-    checkpoints: Checkpoints,
-    found: Found | None,
-    stop_requested: Callable[[], bool],
-) -> Trainer:
-    """The trainer at step 0 or at the checkpoint's step."""
-
-    def save(step: int) -> None:
-        facts = {
-            "job": job.model_dump(mode="json"),
-            "job_digest": jobs.digest(job),
-            "topology_digest": session.topology.digest(),
-        }
-        state = {"trainer": trainer.state_dict(), "topology": session.topology.state_dict()}
-        for note in checkpoints.save(session.engine, step, state, facts):
-            monitor.message(note)
-
-    trainer = Trainer(job, plan, session, monitor, watchdog, save=save, stop_requested=stop_requested)
-    if found is not None:
-        state = checkpoints.load(session.engine, found)
-        trainer.load_state_dict(state["trainer"])
-        if differences(found.job["data"]["eval"], job.model_dump(mode="json")["data"]["eval"]):
-            trainer.forget_evaluation()
-        session.topology.load_state_dict(state["topology"])
-        if session.topology.digest() != found.topology_digest:
-            raise CheckpointError(
-                f"{found.tag}: the topology that was loaded is not the one that its manifest has the digest of"
-            )
-        monitor.message(f"resumed {found.tag} at step {trainer.step} of {plan.total_steps}")
-        if found.world_size != plan.world_size:
-            seed_random_numbers(job.seed, dist.get_rank(), trainer.step)
-            monitor.message(
-                f"ranks: {found.world_size} when {found.tag} was written, {plan.world_size} now; what follows differs by the order "
-                "of sums, and by random numbers such as dropout's"
-            )
-    return trainer
+def _resume(
+    trainer: Trainer, session: Session, checkpoints: Checkpoints, found: Found, job: Job, plan: BatchPlan
+) -> Iterator[str]:
+    """Loads the checkpoint; yields what there is to say of it."""
+    state = checkpoints.load(session.engine, found)
+    trainer.load_state_dict(state["trainer"])
+    if differences(found.job["data"]["eval"], job.model_dump(mode="json")["data"]["eval"]):
+        trainer.forget_evaluation()
+    session.topology.load_state_dict(state["topology"])
+    if session.topology.digest() != found.topology_digest:
+        raise CheckpointError(
+            f"{found.tag}: the topology that was loaded is not the one that its manifest has the digest of"
+        )
+    yield f"resumed {found.tag} at step {trainer.step} of {plan.total_steps}"
+    if found.world_size != plan.world_size:
+        seed_random_numbers(job.seed, dist.get_rank(), trainer.step)
+        yield (
+            f"ranks: {found.world_size} when {found.tag} was written, {plan.world_size} now; what follows differs by the order "
+            "of sums, and by random numbers such as dropout's"
+        )

@@ -16,7 +16,7 @@ from dst_train.sparse import SparsityReport
 from dst_train.topology import TopologyUpdate
 
 PICTURE_ROWS = 256
-# Of the time of a run, what pictures and histograms may take: all ranks wait for them.
+# The largest share of a run's time that pictures and histograms may take: all ranks wait for rank 0.
 DRAWING_SHARE = 0.01
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from dst_train.files import write_text
 from dst_train.monitor.environment import environment
 from dst_train.topology import TopologyUpdate
 
@@ -63,14 +64,8 @@ class RunDirectory:
         file.flush()
         return file
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
-        partial = self.path / f"{name}.tmp"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
-
     def write_environment(self) -> None:
-        self.write_text("env.json", json.dumps(environment(), indent=2))
+        write_text(self.path / "env.json", json.dumps(environment(), indent=2))
 
     def append_topology(self, update: TopologyUpdate) -> None:
         """One line for each layer of an update. Units are listed for layers with at most LISTED_UNITS, else counted."""

@@ -56,7 +56,7 @@ _OWNERS = {
 }
 
 
-# What a topology does not see.
+# Layers whose pattern is fixed: `Topology` never updates them.
 _NotDynamic = SrSteLinear | ButterflyLinear | SdgpLinear
 
 

@@ -6,12 +6,12 @@ import csv
 import datetime
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from dst_train.files import atomic_file
 from dst_train.study.grid import Grid, Point
 from dst_train.study.results import Result
 from dst_train.study.schema import LEADING_COLUMNS, METRICS, TRAILING_COLUMNS
@@ -41,9 +41,8 @@ def write(grid: Grid, results: Mapping[str, Result]) -> None:
         ("table.md", table(grid, results).encode()),
         ("plot.png", _plot(grid, results)),
     ):
-        partial = grid.folder / f"{name}.{os.getpid()}.tmp"  # `--table` may look on while a study runs
-        partial.write_bytes(content)
-        os.replace(partial, grid.folder / name)
+        with atomic_file(grid.folder / name) as file:  # `--table` may look on while a study runs
+            file.write(content)
 
 
 def cell(grid: Grid, results: Mapping[str, Result], point: Point, metric: str) -> Cell | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dst_train.engine.resume import differences
-from dst_train.job import JobError
-from dst_train.study.grid import OWN_KEYS, Run, fingerprint
+from dst_train.files import write_text
+from dst_train.job import JobError, differences
+from dst_train.study.grid import Run, fingerprint
 
 FILE = "result.json"
 
@@ -43,9 +42,7 @@ class Result(BaseModel):
 
 def write(directory: Path, result: Result) -> None:
     """Whole or not at all."""
-    partial = directory / f"{FILE}.tmp"
-    partial.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, directory / FILE)
+    write_text(directory / FILE, result.model_dump_json(indent=1) + "\n")
 
 
 def read_all(runs: Iterable[Run]) -> dict[str, Result]:
@@ -107,7 +104,7 @@ def _another(run: Run, saved: dict[str, Any] | None, ranks: int) -> str:
 
 def _changes(run: Run, saved: dict[str, Any]) -> list[str]:
     return [
-        f"{key}: {old!r} -> {new!r}"
-        for key, old, new in differences(saved, run.job.model_dump(mode="json"))
-        if key not in OWN_KEYS[:2]
+        str(change)
+        for change in differences(saved, run.job.model_dump(mode="json"))
+        if change.key not in ("name", "run_root")  # of one study under another name or at another place
     ]

@@ -85,7 +85,7 @@ def element_state(state: dict[str, Any], numel: int) -> dict[str, Tensor]:
     """
     found = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1 != numel:
+        if not isinstance(value, Tensor) or value.dim() == 0 or (value.numel() == 1 and numel != 1):
             continue
         if value.numel() != numel or key not in FIRST_MOMENTS + SECOND_MOMENTS:
             raise ValueError(
@@ -114,7 +114,7 @@ def slot_sums(values: Tensor, state: dict[str, Tensor], start: int, slot_of: Slo
 def write_elements(
     values: Tensor, state: dict[str, Tensor], elements: Tensor, value: float | Tensor, second_moment: float
 ) -> None:
-    """Of one piece, whose flat state tensors are views: values, first moments 0, second moments."""
+    """Set the values and second moments of `elements` of one shard, and its first moments to 0. state: flat views."""
     elements = elements.to(values.device)
     values.view(-1)[elements] = value.to(values) if isinstance(value, Tensor) else value
     for key, tensor in state.items():

@@ -151,6 +151,13 @@ class Topology:
             self._prepare()
         return update
 
+    def set_temperature(self, step: int) -> None:
+        """Set the soft gates' temperature for an optimiser step; a function of the step, and no part of the state."""
+        if self._soft:
+            temperature = policy.temperature(*self.settings.temperature, step, self.settings.last_step)
+            for layer in self.layers.values():
+                layer.temperature = temperature
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the active units, which are buffers of the model. After `bind`, else RuntimeError."""
         self._require_bound("state_dict")
@@ -244,10 +251,7 @@ class Topology:
             fraction = policy.cosine_drop_fraction(self.settings.first_drop_fraction, coming, self.settings.last_step)
             self._movable = permutation.movable_positions(self._ordered, fraction, self._editor, self._ranks)
             self._signal.start({name: chosen.positions for name, chosen in self._movable.items()})
-        if self._soft:
-            temperature = policy.temperature(*self.settings.temperature, coming, self.settings.last_step)
-            for layer in self.layers.values():
-                layer.temperature = temperature
+        self.set_temperature(coming)
 
     def _held(self) -> dict[str, Tensor]:
         return {name: layer.units() for name, layer in self.layers.items()}

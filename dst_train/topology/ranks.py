@@ -1,4 +1,4 @@
-"""The one seam to torch.distributed: the few collectives that topology needs, on a process group of their own."""
+"""The collectives of topology updates, on a process group of their own."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dst_train.data import BadSampleError, DataError, check, eval_loader, index, loader, train_loader, write_shards
 from dst_train.data.dataset import Images
-from dst_train.data.files import atomic_file
 from dst_train.data.index import load_index
 from dst_train.data.store import SampleStore
+from dst_train.files import atomic_file
 from dst_train.job import BatchPlan, JobError, dump
 from dst_train.job.schema import Split
 
@@ -254,19 +254,6 @@ def _set_barrier(barrier):
 def _build_together(shard):
     _start[0].wait(timeout=30)
     return load_index(shard)
-
-
-def test_atomic_file_leaves_nothing_when_it_fails(tmp_path):
-    (tmp_path / "a").write_text("old")
-
-    def fail() -> None:
-        with atomic_file(tmp_path / "a") as file:
-            file.write(b"half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
 
 
 def test_remote_shards_are_copied_whole_and_once(shards, tmp_path):

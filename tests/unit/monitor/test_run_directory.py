@@ -20,16 +20,6 @@ def test_it_is_made_with_its_parents_and_may_exist(tmp_path):
     }
 
 
-def test_a_file_is_written_whole_or_not_at_all(run):
-    run.write_text("job.yaml", "old")
-    with pytest.raises(UnicodeEncodeError):
-        run.write_text("job.yaml", "half of the new text, then \ud800")  # a lone surrogate is not UTF-8
-    assert (run.path / "job.yaml").read_text() == "old"
-    run.write_text("job.yaml", "new")
-    assert [path.name for path in run.path.iterdir()] == ["job.yaml"]
-    assert (run.path / "job.yaml").read_text() == "new"
-
-
 def test_one_training_at_a_time(run):
     lock = run.lock()
     with pytest.raises(BlockingIOError) as caught:
