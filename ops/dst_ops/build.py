@@ -7,7 +7,7 @@ when it is whole.
 
 Environment: CXX (C++ compiler, default c++; nvcc's host compiler, default nvcc's own choice), CXXFLAGS (of the CPU library,
 after ours), CUDA_HOME or CUDA_PATH (where bin/nvcc is; otherwise nvcc on PATH, then /usr/local/cuda), DST_OPS_CUDA_ARCHS
-(chips to compile for, such as "80" or "80+PTX;90a"; fewer build faster), MAX_JOBS (files compiled at once), DST_OPS_CACHE
+(chips to compile for, such as "80" or "80;90-virtual;90a", the default; fewer build faster), MAX_JOBS (files compiled at once), DST_OPS_CACHE
 (folder of built libraries, default $TORCH_EXTENSIONS_DIR/dst_ops or ~/.cache/dst_ops), DST_OPS_REQUIRE_FUSED=1 (a failed
 build is an error), DST_OPS_ISA (portable, avx2, avx512 or avx512_48k, for processors with
 AVX-512 and more than 32 KiB of first-level cache: at most this instruction set).
@@ -16,6 +16,7 @@ AVX-512 and more than 32 KiB of first-level cache: at most this instruction set)
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import os
@@ -36,8 +37,11 @@ import torch
 SOURCES = Path(__file__).parent / "csrc"
 SHIPPED = Path(__file__).parent / "lib"
 DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
-# Machine code for A100 and H100, and the assembly that a driver compiles for later chips.
-ARCHITECTURES = "80+PTX;90a"
+# Machine code for A100 and H100, and the assembly that a driver compiles for later chips. That must be of 90, not 80: a launch that
+# may begin early there needs kernels that wait for the one before (platform.h).
+ARCHITECTURES = "80;90-virtual;90a"
+# Of lock(): what file systems without it answer.
+UNLOCKABLE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 COMMON_FLAGS = ("-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall")
 # One file per instruction set; the choice among them is made when the library runs.
@@ -157,14 +161,23 @@ def build(device: str = "cpu") -> Path:
     except OSError as error:
         raise OSError(f"{error}; set DST_OPS_CACHE to a folder that can be written") from error
     with lock_file as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                raise
+            warnings.warn(
+                f"dst_ops: {library.parent} has no locks ({error}); processes build side by side", stacklevel=2
+            )
         if not library.is_file():  # another process may have built it while this one waited
             duration = _libraries[device].duration
             print(f"dst_ops: building {library} ({duration}, once)", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 _run_ninja(Path(folder), device)
                 _sync(Path(folder) / "library.so")  # a power cut must not leave a name without what belongs to it
-                os.replace(Path(folder) / "library.so", library)
+                # Without locks, or with locks of one host alone, another may have been quicker: what it has put there may be in use.
+                if not library.is_file():
+                    os.replace(Path(folder) / "library.so", library)
     return library
 
 
@@ -240,14 +253,14 @@ def _nvcc() -> tuple[Path, str]:
 
 
 def _chips() -> list[str]:
-    """nvcc's options for DST_OPS_CUDA_ARCHS: machine code for each chip, assembly too where +PTX asks for it."""
+    """nvcc's options for DST_OPS_CUDA_ARCHS: machine code for each chip, with +PTX assembly too, with -virtual that alone."""
     listed = os.environ.get("DST_OPS_CUDA_ARCHS") or ARCHITECTURES
     options = []
     for chip in listed.split(";"):
-        parts = re.fullmatch(r"(\d+a?)(\+PTX)?", chip.strip())
+        parts = re.fullmatch(r"(\d+a?)(\+PTX|-virtual)?", chip.strip())
         if parts is None:
-            raise ValueError(f'DST_OPS_CUDA_ARCHS is {listed!r}, expected chips such as "80" or "80+PTX;90a"')
-        for kind in ("sm", "compute") if parts[2] else ("sm",):
+            raise ValueError(f'DST_OPS_CUDA_ARCHS is {listed!r}, expected chips such as "80" or "{ARCHITECTURES}"')
+        for kind in {None: ("sm",), "+PTX": ("sm", "compute"), "-virtual": ("compute",)}[parts[2]]:
             options.append(f"-gencode=arch=compute_{parts[1]},code={kind}_{parts[1]}")
     return options
 

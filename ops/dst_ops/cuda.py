@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -27,6 +29,26 @@ SCHEMAS = (
     "cuda_diagonals(Tensor matrix, Tensor offsets, int band) -> Tensor",
     "cuda_sum_of_rows(Tensor dy) -> Tensor",
 )
+
+
+OLDEST = (8, 0)  # compute capability: bf16 on tensor cores and copies in the background
+
+
+@functools.cache
+def serves(device: torch.device) -> bool:
+    """Whether the CUDA library has code for a device; says so if not."""
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        said = (
+            f"dst_ops: the CUDA kernels need compute capability {OLDEST[0]}.{OLDEST[1]} (A100 or later), {device} has "
+            f"{found[0]}.{found[1]}"
+        )
+        if os.environ.get("DST_OPS_REQUIRE_FUSED") == "1":
+            raise RuntimeError(said)
+        warnings.warn(
+            f"{said}; the reference in plain PyTorch serves instead, which forms the dense weight", stacklevel=2
+        )
+    return found >= OLDEST
 
 
 def linear(

@@ -45,7 +45,7 @@ def _first_kernel(name: str) -> Callable[..., Any]:
         if device == "cpu" and name in IN_CPU_LIBRARY and build.load():
             return getattr(torch.ops.dst_ops, name).default(tensor, *args)
         with torch.autocast(device, enabled=False):  # sums in fp32, as in the compiled kernels
-            if device == "cuda" and build.load("cuda"):
+            if device == "cuda" and cuda.serves(tensor.device) and build.load("cuda"):
                 return on_cuda(tensor, *args)
             return definition(tensor, *args)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dst_ops import build, cuda
-from dst_ops.routes import Call
+from dst_ops.routes import Call, Choice
 
 CPU_DTYPES, CUDA_DTYPES = "float32, bfloat16, float16, float64", "float32, bfloat16, float16"
 
@@ -42,11 +42,14 @@ def backend_report(calls: Iterable[Call] = ()) -> BackendReport:
     """
     entries = [BackendEntry("cpu", CPU_DTYPES, *_library("cpu", _cpu_details))]
     if torch.cuda.is_available():
-        entries.append(BackendEntry("cuda", CUDA_DTYPES, *_library("cuda", lambda: "a kernel is chosen for each call")))
-        entries.append(BackendEntry("cuda", "float64", "reference", "the dense weight is formed for each call"))
         device = torch.device("cuda", torch.cuda.current_device())
+        served, why = _library("cuda", lambda: "a kernel is chosen for each call")
+        if not cuda.serves(device):
+            served, why = "reference", "the GPU is older than an A100"
+        entries.append(BackendEntry("cuda", CUDA_DTYPES, served, why))
+        entries.append(BackendEntry("cuda", "float64", "reference", "the dense weight is formed for each call"))
         for call in calls:
-            choice = cuda.choice(call, device)
+            choice = cuda.choice(call, device) if served != "reference" else Choice(served, why)
             what = f"{call.op} {call.tokens} x {call.inputs} -> {call.outputs}, {call.diagonals} diagonals, band {call.band}, {call.dtype}"
             entries.append(BackendEntry("cuda", what, choice.kernel, choice.reason))
     return BackendReport(tuple(entries))

@@ -88,18 +88,38 @@ def possible(call: Call, shared_memory: int) -> list[str]:
 # StreamLayout<W>::bytes and GradientLayout<W>::bytes in csrc/cuda. What copies boxes instead takes more, and fits the chips that can.
 STREAM_BYTES = {8: 108544, 16: 114688, 32: 106496, 64: 98304}
 GRADIENT_BYTES = {8: 114720, 16: 114720, 32: 114720, 64: 73760}
+# few_warps * FewLayout<T, 1, true>::warp, by sizeof(T); band_quads<W>.
+ONE_TOKEN_RING_BYTES = {2: 57344, 4: 90112}
+BAND_QUADS = {8: 5, 16: 8, 32: 12, 64: 20}
 
 
 def _lacks(kernel: str, call: Call, shared_memory: int) -> bool:
     """What the launchers in csrc/cuda check, too."""
     if kernel == "scalar":
         staged = call.inputs if call.op == "product" else call.longer
+        if call.op == "product" and call.tokens == 1 and _one_token_bytes(call) <= shared_memory:
+            return False
         return (staged + 1) * 16 + 8 * 1024 > shared_memory
     if kernel == "band":
         if call.width == 1:
             return True
+        # The weights are packed for all tiles of outputs, also those that a band does not meet: of many more outputs than inputs they
+        # would be larger than the dense weight.
+        if call.op == "product" and _packed_bytes(call) > 2 * call.inputs * call.outputs:
+            return True
         return (STREAM_BYTES if call.op == "product" else GRADIENT_BYTES)[call.width] > shared_memory
     return False
+
+
+def _one_token_bytes(call: Call) -> int:
+    """FewLayout<T, 1, Scatter>::bytes in csrc/cuda/scalar_few.h, the larger one."""
+    size = 4 if call.dtype == "float32" else 2
+    return math.ceil((call.inputs + 1) * size / 16) * 16 + ONE_TOKEN_RING_BYTES[size]
+
+
+def _packed_bytes(call: Call) -> int:
+    """Of `Packed` in csrc/cuda/band.h: BAND_QUADS of a lane, for each 64 outputs and each band."""
+    return math.ceil(call.outputs / 64) * (call.diagonals // call.width) * BAND_QUADS[call.width] * 32 * 16
 
 
 # Microseconds: for a call, for 10^9 operations, for a MB (10^6 bytes) of x and y, for a MB of weights. By op, kernel, and dtype,
@@ -168,20 +188,24 @@ Point = tuple[Call, Mapping[str, float]]
 
 @functools.cache
 def table(gpu: str) -> tuple[Point, ...]:
-    """The measured points; none where there is no file. Read once: a new table serves the next process.
+    """The measured points; none where there is no file, or of another GPU. Read once: a new table serves the next process.
 
     Raises:
-        ValueError: a file that is not such a table.
+        ValueError: a file that is not such a table, or none where DST_OPS_TABLE says that there is one.
     """
     try:
         path = table_path(gpu)
-    except OSError:  # no home folder: nothing can have been measured for this machine
-        return ()
-    if not path.exists():
+        text = path.read_text()
+    except OSError as error:
+        # Nothing was measured for this machine, or by someone whose home folder is not ours.
+        if "DST_OPS_TABLE" in os.environ:
+            raise ValueError(f"DST_OPS_TABLE: {error}; measure with `python -m dst_ops.tune`, or unset it") from error
         return ()
     try:
-        points = json.loads(path.read_text())["points"]
-        return tuple((Call(**p["call"]), {k: float(p["us"][k]) for k in p["us"]}) for p in points)
+        found = json.loads(text)
+        if found["gpu"] != gpu:
+            return ()
+        return tuple((Call(**p["call"]), {k: float(p["us"][k]) for k in p["us"]}) for p in found["points"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a table of dst_ops.tune ({error}); remove it, or measure again") from error
 
@@ -199,6 +223,9 @@ def nearest(call: Call, points: tuple[Point, ...]) -> Mapping[str, float]:
     best: tuple[float, Mapping[str, float]] = (math.inf, {})
     for point, times in points:
         if (point.op, point.dtype, point.width) != (call.op, call.dtype, call.width) or call.tokens == 0:
+            continue
+        # Few tokens are another kernel's, whose time says nothing of more.
+        if call.op == "product" and (point.tokens <= FEW_TOKENS) != (call.tokens <= FEW_TOKENS):
             continue
         steps = [
             abs(math.log2(a / b))

@@ -67,6 +67,13 @@ class Kernel:
         return turn
 
 
+def assembly(library: Path) -> list[str]:
+    """The PTX in a library, a text for each of its files."""
+    with tempfile.TemporaryDirectory() as folder:
+        _run([_tool("cuobjdump"), "-xptx", "all", str(library)], cwd=folder)
+        return [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
+
+
 def kernels(library: Path) -> dict[str, list[Kernel]]:
     """By the chip that they are compiled for, such as "80"."""
     found: dict[str, list[Kernel]] = {}

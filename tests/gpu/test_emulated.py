@@ -214,18 +214,18 @@ def test_other_launchers_name_what_they_refuse(call: Any, message: str) -> None:
 
 
 @pytest.mark.usefixtures("emulator")
-@pytest.mark.parametrize("op", ["product", "gradient"])
+@pytest.mark.parametrize(("op", "tokens"), [("product", 1), ("product", 2), ("product", 40), ("gradient", 1)])
 @pytest.mark.parametrize(
     ("kernel", "dtype", "band"), [("scalar", "float32", 1), ("scalar", "bfloat16", 1), ("band", "bfloat16", 16)]
 )
-def test_routes_and_launchers_agree_on_what_fits(op: str, kernel: str, dtype: str, band: int) -> None:
+def test_routes_and_launchers_agree_on_what_fits(op: str, tokens: int, kernel: str, dtype: str, band: int) -> None:
     """The largest number of features that a route accepts is one that the launcher takes."""
 
     def fits(features: int) -> bool:
-        return kernel in routes.possible(routes.Call(op, 1, features, 64, band, band, dtype), 227 * 1024)
+        return kernel in routes.possible(routes.Call(op, tokens, features, 64, band, band, dtype), 227 * 1024)
 
-    most = max((n for n in range(64, 2**15, 64) if fits(n)), default=0)
-    x, dy = torch.zeros(1, most, dtype=getattr(torch, dtype)), torch.zeros(1, 64, dtype=getattr(torch, dtype))
+    most = max((n for n in range(64, 2**17, 64) if fits(n)), default=0)
+    x, dy = (torch.zeros(tokens, n, dtype=getattr(torch, dtype)) for n in (most, 64))
     values, offsets = torch.zeros(band, 64, dtype=x.dtype), torch.zeros(1, dtype=torch.int32)
     if op == "product":
         getattr(OPS, f"cuda_{kernel}")(x, values, offsets, 64, band, False, None, False, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import signal
@@ -259,20 +260,52 @@ def test_nvcc_compiles_each_file_for_each_chip(toolkit: Path, monkeypatch: pytes
         assert "-Xcompiler -fPIC,-fvisibility=hidden,-Wall" in command
         assert [word.removeprefix("-gencode=") for word in command.split() if word.startswith("-gencode")] == [
             "arch=compute_80,code=sm_80",
-            "arch=compute_80,code=compute_80",
+            "arch=compute_90,code=compute_90",
             "arch=compute_90a,code=sm_90a",
         ]
     assert linking.endswith("-cudart static -ltorch_cpu -ltorch_cuda")
     assert all(command.startswith("-ccbin my $compiler ") for command in (*compiling, linking))
 
 
+def test_a_cache_without_locks_is_built_in_all_the_same(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = errno.ENOLCK
+
+    def refused(file: object, how: int) -> None:
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(build.fcntl, "flock", refused)
+    with pytest.warns(UserWarning, match=r"cache has no locks \(.*no locks here\); processes build side by side"):
+        assert build.build("cuda").read_text() == "built\n"
+    build.library_path("cuda").unlink()
+    code = errno.EIO
+    with pytest.raises(OSError, match="no locks here"):
+        build.build("cuda")
+
+
+def test_a_library_that_another_process_has_built_meanwhile_stays(
+    toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = build.library_path("cuda")
+
+    def both(folder: Path, device: str) -> None:
+        (folder / "library.so").write_text("mine")
+        library.write_text("theirs")
+
+    monkeypatch.setattr(build, "_run_ninja", both)
+    assert build.build("cuda").read_text() == "theirs"
+
+
 def test_the_chips_can_be_chosen(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {build.library_path("cuda")}
-    for listed, expected in (("80", ["80,code=sm_80"]), ("120+PTX", ["120,code=sm_120", "120,code=compute_120"])):
+    for listed, expected in (
+        ("80", ["80,code=sm_80"]),
+        ("120+PTX", ["120,code=sm_120", "120,code=compute_120"]),
+        ("120-virtual", ["120,code=compute_120"]),
+    ):
         monkeypatch.setenv("DST_OPS_CUDA_ARCHS", listed)
         assert build._chips() == [f"-gencode=arch=compute_{chip}" for chip in expected]
         names.add(build.library_path("cuda"))
-    assert len(names) == 3
+    assert len(names) == 4
 
 
 @pytest.mark.parametrize("listed", ["ampere", "80,90", "80;", "8.0", "80+ptx"])

@@ -27,7 +27,8 @@ def _call(**changes: object) -> Call:
 
 @pytest.fixture(autouse=True)
 def _no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DST_OPS_TABLE", str(tmp_path / "table.json"))
+    monkeypatch.delenv("DST_OPS_TABLE", raising=False)
+    monkeypatch.setenv("DST_OPS_CACHE", str(tmp_path))
     routes.table.cache_clear()
     yield
     routes.table.cache_clear()
@@ -106,6 +107,17 @@ def test_tf32_makes_dense_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"band": 32, "diagonals": 64}, CONSUMER, ["scalar", "dense"]),
         ({"band": 8, "diagonals": 64}, CONSUMER, ["scalar", "dense"]),
         ({"dtype": "float64"}, H100, []),
+        # One token takes less shared memory: 87,551 features of 16 bits on an H100, 22,015 where there are 99 KiB.
+        ({"inputs": 14336, "outputs": 4096}, H100, ["dense"]),
+        ({"inputs": 14336, "outputs": 4096, "tokens": 1}, H100, ["scalar", "dense"]),
+        ({"inputs": 87551, "outputs": 4096, "tokens": 1}, H100, ["scalar", "dense"]),
+        ({"inputs": 87552, "outputs": 4096, "tokens": 1}, H100, ["dense"]),
+        ({"inputs": 22015, "outputs": 4096, "tokens": 1}, CONSUMER, ["scalar", "dense"]),
+        ({"inputs": 22016, "outputs": 4096, "tokens": 1}, CONSUMER, ["dense"]),
+        ({"inputs": 14336, "outputs": 4096, "tokens": 1, "op": "gradient"}, H100, ["dense"]),
+        # Packed weights of many more outputs than inputs would be larger than the dense weight.
+        ({"inputs": 4096, "outputs": 128256, "diagonals": 6400, "band": 64}, H100, ["scalar", "dense"]),
+        ({"inputs": 768, "outputs": 3072, "diagonals": 320, "band": 64}, H100, ["scalar", "band", "dense"]),
     ],
 )
 def test_what_is_possible(changes: dict[str, object], shared_memory: int, kernels: list[str]) -> None:
@@ -128,21 +140,54 @@ def test_a_measured_table_comes_before_the_model() -> None:
         assert "modelled" in routes.choose(_call(**other), "a GPU", H100).reason
 
 
+def test_few_tokens_were_measured_of_another_kernel() -> None:
+    times = {"scalar": 5.0, "dense": 9.0}
+    _write([(_call(tokens=32), times), (_call(op="gradient", tokens=32), times)])
+    for tokens, measured in ((32, True), (16, True), (33, False), (64, False)):
+        assert routes.choose(_call(tokens=tokens), "a GPU", H100).reason.startswith("measured") == measured
+    assert routes.choose(_call(op="gradient", tokens=40), "a GPU", H100).reason.startswith("measured")
+
+
+def test_a_table_of_another_gpu_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write([(_call(), {"scalar": 5.0, "dense": 9.0})])
+    monkeypatch.setenv("DST_OPS_TABLE", str(tmp_path / "table-a_GPU.json"))
+    assert routes.choose(_call(), "a GPU", H100).reason.startswith("measured")
+    assert routes.choose(_call(), "another GPU", H100).reason.startswith("modelled")
+
+
+def test_a_table_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DST_OPS_TABLE", str(tmp_path / "none.json"))
+    with pytest.raises(
+        ValueError, match=r"DST_OPS_TABLE: .*none\.json.*; measure with `python -m dst_ops.tune`, or unset it"
+    ):
+        routes.choose(_call(), "a GPU", H100)
+
+
+def test_a_home_folder_of_someone_else_has_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> str:
+        raise PermissionError(f"{path}: not yours")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert routes.table("a GPU") == ()
+
+
 def test_a_measured_kernel_that_cannot_take_the_call_is_passed_over() -> None:
     _write([(_call(inputs=6000), {"scalar": 5.0, "dense": 9.0})])
     assert routes.choose(_call(inputs=11008), "a GPU", A100).kernel == "dense"
 
 
-@pytest.mark.parametrize("text", ["not json", "[]", '{"points": [{"call": {"op": "product"}}]}', '{"points": 3}'])
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", '{"gpu": "a GPU", "points": [{"call": {"op": "product"}}]}', '{"points": 3}']
+)
 def test_a_broken_table_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "table.json").write_text(text)
-    with pytest.raises(ValueError, match=r"table\.json: not a table of dst_ops\.tune .* remove it, or measure again"):
+    (tmp_path / "table-a_GPU.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"table-a_GPU\.json: not a table of dst_ops\.tune .* remove it, or measure again"
+    ):
         routes.choose(_call(), "a GPU", H100)
 
 
 def test_where_the_table_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("DST_OPS_TABLE")
-    monkeypatch.setenv("DST_OPS_CACHE", str(tmp_path))
     assert routes.table_path("NVIDIA H100 80GB HBM3") == tmp_path / "table-NVIDIA_H100_80GB_HBM3.json"
     monkeypatch.delenv("DST_OPS_CACHE")
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
@@ -156,18 +201,20 @@ def test_where_the_table_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_a_table_is_written_whole(tmp_path: Path) -> None:
     _write([(_call(), {"dense": 1.5})])
-    written = json.loads((tmp_path / "table.json").read_text())
+    written = json.loads((tmp_path / "table-a_GPU.json").read_text())
     assert written["gpu"] == "a GPU"
     assert routes.table("a GPU") == ((_call(), {"dense": 1.5}),)
-    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["table-a_GPU.json"]
 
 
-def _with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
     properties = SimpleNamespace(name="a GPU", shared_memory_per_block_optin=H100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cuda._choice.cache_clear()
+    cuda.serves.cache_clear()
 
 
 def test_the_report_names_the_kernel_of_a_call_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,3 +237,22 @@ def test_the_report_says_why_there_are_no_cuda_kernels(monkeypatch: pytest.Monke
     entry = next(e for e in dst_ops.backend_report().entries if e.device == "cuda")
     assert entry.kernel == "reference"
     assert "the library cannot be built: torch" in entry.reason
+    # What would be chosen of kernels that are not there is no answer.
+    assert dst_ops.backend_report([_call()]).entries[-1].kernel == "reference"
+
+
+def test_a_gpu_before_the_a100_is_served_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_gpu(monkeypatch, capability=(7, 5))
+    monkeypatch.delenv("DST_OPS_REQUIRE_FUSED", raising=False)
+    message = r"need compute capability 8\.0 \(A100 or later\), cuda:0 has 7\.5"
+    with pytest.warns(UserWarning, match=message + "; the reference in plain PyTorch serves instead"):
+        assert not cuda.serves(torch.device("cuda", 0))
+    entries = [e for e in dst_ops.backend_report([_call()]).entries if e.device == "cuda"]
+    assert [(e.kernel, e.reason) for e in entries if e.what != "float64"] == 2 * [
+        ("reference", "the GPU is older than an A100")
+    ]
+    cuda.serves.cache_clear()
+    monkeypatch.setenv("DST_OPS_REQUIRE_FUSED", "1")
+    with pytest.raises(RuntimeError, match=message):
+        cuda.serves(torch.device("cuda", 0))
+    cuda.serves.cache_clear()

@@ -73,6 +73,7 @@ def test_hopeless_kernels_are_left_out() -> None:
 
 def test_a_measured_table_decides(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = Call("product", 8, 4096, 4096, 410, 1, "bfloat16")
+    routes.write_table(table, "GPU", [])
     assert routes.choose(few, "GPU", SHARED).kernel == "scalar"
     times = {"scalar": 30.0, "dense": 15.0}
     points = tune.sweep([few], lambda call: ["scalar", "dense"], lambda call, kernels: times)

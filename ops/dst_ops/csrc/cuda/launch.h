@@ -14,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -46,19 +47,25 @@ void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int bytes, const 
 inline void check_launch() {}
 #else
 #define DST_OPS_DEVICE CUDA
+// The runtime is linked into this library and remembers an error: one that is told to the caller must not be found again by the next launch.
+inline void check(cudaError_t result) {
+  if (result != cudaSuccess) cudaGetLastError();
+  STD_CUDA_CHECK(result);
+}
 // Makes the tensor's device current while it lives.
 struct Device {
-  explicit Device(const Tensor& t) : guard(t.get_device_index()) {
+  explicit Device(const Tensor& t) : guard(t.get_device_index()), index(t.get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
     int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index()));
+    check(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     shared_memory = value;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, t.get_device_index()));
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
   }
   torch::stable::accelerator::DeviceGuard guard;
+  int index;
   cudaStream_t stream;
   int shared_memory;
   int major = 0;  // compute capability
@@ -69,7 +76,7 @@ struct Device {
 template <typename K>
 bool fetches_boxes(K kernel, int threads, const Device&) {
   cudaFuncAttributes found;
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&found, kernel));
+  check(cudaFuncGetAttributes(&found, kernel));
   return found.maxThreadsPerBlock >= threads;
 }
 // How the copy engine finds boxes of columns x rows in x [tokens, features] of 16-bit numbers, and exchanges the pieces of a row, which is
@@ -78,7 +85,11 @@ inline TensorMap tensor_map(const void* x, int64_t tokens, int features, int col
   static const auto encode = [] {  // of the driver, which the library is not linked with
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
-    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+#if CUDART_VERSION >= 12050
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
+#endif
     STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess, "dst_ops: the driver has no cuTensorMapEncodeTiled; install one for CUDA 12.0 or later");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   }();
@@ -90,7 +101,19 @@ inline TensorMap tensor_map(const void* x, int64_t tokens, int features, int col
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "dst_ops: no tensor map for [", tokens, ", ", features, "], CUDA error ", int(result));
   return map;
 }
-// Launches a kernel that calls await_previous() where it needs what the launch before it wrote. Chips before the H100 wait for all of it.
+// Whether the code of a kernel waits in await_previous(): what a driver makes of assembly for a chip before the H100 does not, on any
+// chip. All kernels are compiled for the same list, so one of them is asked, once a device: 1 no, 2 yes.
+template <typename K>
+bool awaits(K kernel, const Device& device) {
+  static std::atomic<char> known[64];
+  std::atomic<char>* const answer = device.index < 64 ? &known[device.index] : nullptr;
+  if (answer && *answer) return *answer == 2;
+  cudaFuncAttributes found;
+  check(cudaFuncGetAttributes(&found, kernel));
+  if (answer) *answer = found.ptxVersion >= 90 ? 2 : 1;
+  return found.ptxVersion >= 90;
+}
+// Launches a kernel that calls await_previous() where it needs what the launch before it wrote. Others begin when that has ended.
 template <typename... P, typename... A>
 void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int bytes, const Device& device, const A&... arguments) {
   cudaLaunchAttribute early = {};
@@ -98,14 +121,14 @@ void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int bytes, const 
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = bytes, config.stream = device.stream;
-  config.attrs = &early, config.numAttrs = device.major >= 9 ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+  config.attrs = &early, config.numAttrs = device.major >= 9 && awaits(kernel, device) ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
 }
 // More than 48 KiB must be asked for, for each kernel and device: always all that there is, as another thread may be about to launch
 // the same kernel with more than this call needs.
 template <typename K>
 void allow_shared(K kernel, int bytes, const Device& device) {
-  if (bytes > 48 * 1024) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory));
+  if (bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory));
 }
 inline void check_launch() { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
 #endif

@@ -57,11 +57,12 @@ int packs_of_a_tile(const Sizes& s, const Device& device) {
 
 template <typename T>
 void product(const Tensor& x, const Tensor& values, const Tensor& offsets, Output& o, const Sizes& s, bool scatter, const Device& device) {
+  // One token takes an eighth of the shared memory that a pack of them does, or less.
+  if (s.tokens == 1 && few_fits<T, 1>(s, scatter, device)) return launch_few<T, 1>(x, values, offsets, o, s, scatter, device);
   const int groups = packs_of_a_tile<T>(s, device);
   STD_TORCH_CHECK(groups > 0, "dst_ops: in_features ", s.in, " do not fit shared memory");
   constexpr int most = 32 / pack_size<T>;
-  const auto launch = s.tokens == 1 && few_fits<T, 1>(s, scatter, device)                                ? launch_few<T, 1>
-                      : s.tokens <= few_tokens && few_fits<T, pack_size<T>>(s, scatter, device) ? launch_few<T, pack_size<T>>
+  const auto launch = s.tokens <= few_tokens && few_fits<T, pack_size<T>>(s, scatter, device) ? launch_few<T, pack_size<T>>
                       : groups == most         ? launch_product<T, most>
                       : groups == most / 2     ? launch_product<T, most / 2>
                       : groups == 2            ? launch_product<T, 2>
