@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dst_train.monitor import RunDirectory
-from dst_train.monitor.monitor import picture
+from dst_train.monitor.monitor import PICTURE_ROWS, picture
 from dst_train.sparse import sparse_layers, sparsify
 
 
@@ -23,7 +23,7 @@ def main(run: Path, layer: str) -> None:
     model = models.build(job.model, seed=job.seed)
     sparsify(model, job.sparsity.rules, budget=job.sparsity.budget, seed=job.seed)  # type: ignore[union-attr]
     units = sparse_layers(model)[layer].num_units
-    history = RunDirectory(run).active_units()[layer]
+    history = RunDirectory(run).active_units(PICTURE_ROWS)[layer]
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1, 1.3), layout="constrained")
     for tag, label in (("train/loss", "training loss"), ("eval/loss", "evaluation loss")):

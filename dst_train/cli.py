@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report = verbs.add_parser("report", help="where runs are and what they reached; of one run its layers, too")
     report.add_argument("runs", nargs="+", type=Path, metavar="run", help="a run's directory")
-    verbs.add_parser("schema", help="print the JSON Schema of a job, for editors")
+    schema = verbs.add_parser("schema", help="print the JSON Schema of a job, for editors")
+    schema.add_argument(
+        "--markdown", action="store_true", help="print a table of all keys instead, as docs/job.md has it"
+    )
     args = parser.parse_args(argv)
     if args.verb in ("plan", "run") and args.ranks is not None and args.ranks < 1:
         parser.error(f"--ranks {args.ranks}: must be at least 1")
@@ -112,7 +115,11 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from dst_train.job import schema_json
+    from dst_train.job import reference_markdown, schema_json
 
-    sys.stdout.write(schema_json())
+    sys.stdout.write(reference_markdown() if args.markdown else schema_json())
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ import safetensors.torch
 from torch import nn
 
 from dst_train import models
-from dst_train.job.schema import Model, Seed, Sparsity, Strict, TransformersModel
+from dst_train.job.schema import Model, Seed, Sparsity, Strict, TimmModel, TransformersModel
 from dst_train.sparse import DiagonalLinear, densify, sparse_layers, sparsify
 
 KEY = "dst_train"  # of what the file says of itself
@@ -66,6 +66,8 @@ def save(model: nn.Module, about: About, target: Path, *, dense: bool) -> str:
             layer.finalize()
         safetensors.torch.save_model(model, str(partial), {"format": "pt", KEY: about.model_dump_json()})
         reader = f"dst_train.load_exported({str(target)!r})"
+        if dense and isinstance(about.model, TimmModel):
+            reader += " or, of timm, create_model(..., checkpoint_path=...)"
     for path in [partial] if partial.is_file() else partial.glob("*.safetensors"):
         path.chmod(0o666 & ~_umask())  # safetensors makes files that only the owner reads
     partial.rename(target)

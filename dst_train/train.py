@@ -59,7 +59,9 @@ def main() -> int:
     try:
         outcome = run(job, stop_at=args.stop_at)
     except (CheckpointError, JobChangedError) as error:  # the same on every rank, and before the first step
-        return refuse(error, rank, speaks=rank == 0)
+        code = refuse(error, rank, speaks=rank == 0)
+        shutdown_distributed(together=False)
+        return code
     if rank == 0:
         accuracy = outcome.evaluation.get("accuracy")
         result = "" if accuracy is None else f", accuracy {accuracy:.2%}"

@@ -10,8 +10,8 @@ from dst_train.engine.build import build_topology, sparsify_model
 from dst_train.engine.config import compile_config
 
 if TYPE_CHECKING:
-    from dst_train.engine.checkpoint import CheckpointError
     from dst_train.engine.load import load_model
+    from dst_train.engine.manifest import CheckpointError
     from dst_train.engine.resume import JobChangedError
     from dst_train.engine.runner import Outcome, run
     from dst_train.engine.session import shutdown_distributed
@@ -29,7 +29,7 @@ __all__ = [
 ]
 # DeepSpeed takes seconds to import, and `dst-train plan` needs what stands above only.
 _WITH_DEEPSPEED = {
-    "CheckpointError": "checkpoint",
+    "CheckpointError": "manifest",
     "JobChangedError": "resume",
     "Outcome": "runner",
     "shutdown_distributed": "session",

@@ -12,7 +12,7 @@ from torch import nn
 from dst_train import models
 from dst_train.engine import reshard
 from dst_train.engine.build import build_topology, sparsify_model
-from dst_train.engine.checkpoint import CheckpointError, search
+from dst_train.engine.manifest import CheckpointError, search
 from dst_train.job import BatchPlan, Job
 
 

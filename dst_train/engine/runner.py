@@ -11,8 +11,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dst_train import job as jobs
-from dst_train.engine.checkpoint import CheckpointError, Checkpoints, Found, broadcast
+from dst_train.engine.checkpoint import Checkpoints, broadcast
 from dst_train.engine.config import compile_config
+from dst_train.engine.manifest import CheckpointError, Found
 from dst_train.engine.resume import check_job
 from dst_train.engine.session import (
     Session,
@@ -85,7 +86,7 @@ def _run(
             session = build_session(job, plan)
             if session.report.sparsity_warning is not None:
                 monitor.message(session.report.sparsity_warning)
-            if session.topology.layers and not session.topology.update_steps:
+            if session.topology.layers and (not session.topology.update_steps or session.topology.warning):
                 monitor.message(f"topology {session.topology}")
 
             def save(step: int) -> None:

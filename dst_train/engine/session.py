@@ -82,9 +82,13 @@ def extend_collective_timeouts(minutes: float) -> None:
         set_timeout(limit, group)
 
 
-def shutdown_distributed() -> None:
-    """The last thing a process does when all ranks are done: left to the interpreter's end, gloo's threads may abort it."""
-    dist.barrier()
+def shutdown_distributed(*, together: bool = True) -> None:
+    """The last thing a process does: left to the interpreter's end, gloo's threads may abort it.
+
+    together: wait for the other ranks, which may have something left to do.
+    """
+    if together:
+        dist.barrier()
     dist.destroy_process_group()
 
 

@@ -52,6 +52,7 @@ class MLPModel(Strict):
     in_features: Positive
     """Features of a flattened sample."""
     hidden_features: Annotated[list[Positive], Field(min_length=1)]
+    """Width of each hidden layer, with a GELU behind it."""
     num_classes: Positive
 
 
@@ -89,6 +90,7 @@ class LowRank(Strict):
     """A learned product of two thin matrices beside each sparse weight, one of them random and fixed (LoRA-FA)."""
 
     rank: Positive
+    """Of the product."""
     start: Share = 0.9
     """Share of the training after which the path takes part."""
 
@@ -118,6 +120,7 @@ class Temperature(Strict):
 
 class Topology(Strict):
     method: Literal["static", "set", "rigl", "mest", "cht", "chts", "srigl", "chase", "dynadiag"] = "rigl"
+    """What an update drops and grows, see docs/architecture.md; `static` has no updates."""
     update: Update = Update()
     drop_fraction: Fraction | None = None
     """Share of the active units replaced at the first update; decays to 0 by cosine. By default 0.1 for `dynadiag`, 0.3 for others; less
@@ -167,6 +170,7 @@ class Split(Strict):
     samples: Positive
     """Samples in all shards together."""
     transform: Literal["digits", "digits_train", "imagenet_train", "imagenet_eval", "next_byte"]
+    """What becomes of a sample: `digits` 28 x 28 grey, `digits_train` with shifts and rotations, `imagenet_*` 224 x 224 RGB, `next_byte` text."""
     length: Positive | None = None
     """For `next_byte`: bytes that the model reads of a sample; each predicts the byte after it."""
 
@@ -187,7 +191,7 @@ class Data(Strict):
     max_bad_samples: Count = 0
     """Undecodable samples, over all ranks and the whole run, that may be replaced by their successor before the job fails."""
     cache_dir: str | None = None
-    """Where remote shards are kept."""
+    """Where copies of remote shards are kept, and indexes of shards whose own folder cannot be written."""
     in_memory: bool = False
     """Keep training images decoded in memory, in each loader process its own: for small data sets."""
 
@@ -200,6 +204,7 @@ class Data(Strict):
 
 class Train(Strict):
     epochs: Length | None = None
+    """Passes over the training samples."""
     steps: Length | None = None
     """Optimiser steps; give either `epochs` or `steps`."""
     batch_size: Positive
@@ -209,7 +214,9 @@ class Train(Strict):
     precision: Literal["fp32", "bf16", "bf16_params"] = "bf16"
     """`bf16`: autocast, parameters and optimiser in fp32. `bf16_params`: bf16 parameters with fp32 masters (ZeRO 1 to 3)."""
     clip_grad_norm: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest norm of all gradients together; null: not clipped."""
     label_smoothing: Share = 0.0
+    """Share of the target that is spread over all classes."""
     max_skipped_steps: Count = 0
     """Steps with a non-finite loss or gradient that may be skipped in a row before the job fails."""
 
@@ -223,25 +230,34 @@ class Train(Strict):
 class Optimizer(Strict):
     name: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0.0)]
+    """Learning rate after the warm-up, at its largest."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Applied to matrices only; biases, norms and other vectors are not decayed."""
+    """Applied to parameters of two dimensions and more, position embeddings among them; biases, norms and other vectors are not decayed."""
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), strict=False)
+    """For adamw."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """For adamw."""
     momentum: Share = 0.9
     """For sgd."""
 
 
 class Schedule(Strict):
     name: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up: to `min_lr`, or not."""
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    """The learning rate rises linearly over these; a share of an epoch may be given."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
 
 
 class ZeroOptimization(Strict):
     stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """What ZeRO partitions: 0 nothing, 1 optimiser states and masters, 2 gradients too, 3 parameters too."""
     overlap_comm: bool | None = None
+    """Reduce gradients while the backward pass runs (DeepSpeed's default when absent, as of all below)."""
     reduce_bucket_size: Positive | None = None
+    """Elements."""
     allgather_bucket_size: Positive | None = None
+    """Elements."""
     stage3_param_persistence_threshold: Count | None = None
     """Parameters up to this many elements stay whole on every rank (DeepSpeed's default when absent)."""
 
@@ -266,6 +282,7 @@ class Checkpoint(Strict):
 
 class Monitor(Strict):
     tensorboard: bool = True
+    """Write scalars, pictures and histograms for TensorBoard."""
     every_steps: Positive = 50
     """Steps between log lines and scalars."""
     hang_minutes: Annotated[float, Field(gt=0.0)] = 30.0
@@ -276,6 +293,7 @@ class Job(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run directory."""
     seed: Seed = 0
+    """Of initial values, first units, the order of samples, augmentation and dropout."""
     run_root: str = "runs"
     """Folder of run directories."""
     model: Model

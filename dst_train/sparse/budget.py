@@ -13,8 +13,9 @@ def densities(budget: str, shapes: Sequence[tuple[int, int]], target: Sequence[f
     Args:
         budget: `uniform` keeps `target`; `erk` makes density proportional to (M + N) / (M N) (Erdos-Renyi-kernel,
             Evci et al. 2020, arXiv 1911.11134); `compute_fraction` makes it proportional to the layer's share of the
-            multiplications, M N, which is how DynaDiag (arXiv 2506.11449, appendix F.3) reads Pixelated Butterfly's
-            rule (arXiv 2112.00029, section 3.3).
+            multiplications, M N, which is our reading of DynaDiag (arXiv 2506.11449, appendix F.3, "budgets proportional
+            to layer size"; after Pixelated Butterfly, arXiv 2112.00029, section 3.3). Read literally, of weights and not of
+            density, that would be `uniform`.
         shapes: (out_features, in_features) of each layer.
         target: the density each layer's rule asks for, in (0, 1].
 

@@ -190,7 +190,8 @@ class DiagonalLinear(SparseLayer):
 
         The scale makes up for the smaller fan-in, so that the variance of the output equals the dense layer's once all but
         the units that stay are gone; scaled by what is there at first, these would stay too small (docs/dynadiag.md). The soft
-        gate, small at first, starts from the dense layer's own variance, as in the paper's released code.
+        gate, small at first, starts from the dense layer's own variance, as the paper's released code does (there with the
+        shorter side as the fan-in).
         weight: [out_features, in_features]; bias: [out_features] or None.
         """
         values = dst_ops.from_dense(self.arrange(weight), self.offsets, band=self.band)

@@ -37,7 +37,7 @@ def run_study(
         JobError: the study cannot be run as written, or holds results of other jobs.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise JobError("a study draws a plot with matplotlib, which is not installed: pip install 'dst-train[study]'")
+        raise JobError("a study draws a plot with matplotlib, which is not installed: pip install matplotlib")
     grid = build(path)
     for folder in (grid.folder, *([] if out is None else [out])):
         try:

@@ -76,6 +76,27 @@ class Topology:
         return range(s.every, s.last_step, s.every) if self._method is not None else range(0)
 
     @property
+    def warning(self) -> str | None:
+        """What to say of layers in which no update grows a unit, as drop_fraction of so few of them rounds to 0."""
+        steps, method = self.update_steps, self._method
+        if not steps or method is None or method.choose is not None or self._soft:
+            return None
+        # The first update replaces most: the fraction and the units fall from there.
+        fraction = policy.cosine_drop_fraction(self.settings.first_drop_fraction, steps[0], self.settings.last_step)
+        still = [
+            f"{name} ({layer.num_final // layer.num_groups} of {layer.num_units // layer.num_groups})"
+            for name, layer in self.layers.items()
+            if layer.num_final < layer.num_units and round(fraction * self._kept(layer, steps[0])) == 0
+        ]
+        if not still:
+            return None
+        told = ", ".join(still[:3]) + (", ..." if len(still) > 3 else "")
+        return (
+            f"nothing grows in {len(still)} of {len(self.layers)} layers, whose units are too few for drop_fraction "
+            f"{self.settings.first_drop_fraction:g} (a smaller band or a larger fraction replaces some): {told}"
+        )
+
+    @property
     def held_bytes(self) -> int:
         """What each rank holds in an update step for the growth signal of several micro-batches, see `GrowthSignal`."""
         s = self.settings
@@ -93,7 +114,8 @@ class Topology:
             return "static: no updates"
         if not steps:
             return f"{s.method}: no updates, as every={s.every} is not below until * total_steps={s.last_step}"
-        return f"{s.method}: {len(steps)} updates, after steps {steps[0]} to {steps[-1]}"
+        text = f"{s.method}: {len(steps)} updates, after steps {steps[0]} to {steps[-1]}"
+        return text if self.warning is None else f"{text}; {self.warning}"
 
     def bind(self, target: Any) -> Topology:
         """Attach to a torch optimiser or a DeepSpeed engine. Collective.
@@ -300,12 +322,12 @@ class Topology:
 
     def _spec(self, index: int, layer: SparseLayer, fraction: float) -> UpdateSpec:
         assert self._method is not None
-        start, final = layer.num_start // layer.num_groups, layer.num_final // layer.num_groups
+        final = layer.num_final // layer.num_groups
         last = self.steps >= self.update_steps[-1]  # skipped steps may have delayed it
         if self._soft:
             grow, keep = 0, final if last else layer.num_active
         else:
-            keep = final if last else policy.active_count(start, final, self.steps, self.settings.last_step)
+            keep = final if last else self._kept(layer, self.steps)
             if self._method.choose is None:  # a layer that was trained before has no surplus left
                 keep = min(keep, layer.num_active // layer.num_groups)
             absent = (layer.num_units - layer.num_active) // layer.num_groups
@@ -313,3 +335,8 @@ class Topology:
         progress = 1.0 if last else self.steps / self.settings.last_step
         key = (self.settings.seed, index, self.updates)
         return UpdateSpec(self._method, self.settings, grow, keep, fraction, progress, key)
+
+    def _kept(self, layer: SparseLayer, step: int) -> int:
+        """Active units of a group after an update at `step`."""
+        start, final = layer.num_start // layer.num_groups, layer.num_final // layer.num_groups
+        return policy.active_count(start, final, step, self.settings.last_step)

@@ -97,8 +97,9 @@ def by_sampled_value(units: UnitScores) -> Tensor:
 
 
 def by_sampled_links(units: UnitScores) -> Tensor:
-    """CHTs: what grows is a sample in proportion to the score."""
-    return policy.sampled(by_links(units), (*units.spec.key, 1))
+    """CHTs: what grows is a sample in proportion to the score, CH2-L3."""
+    links = cht.scores(units.active.view(units.shape), internal=True).flatten()
+    return policy.sampled(links, (*units.spec.key, 1))
 
 
 def by_neurons(units: UnitScores) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dst_train.engine.checkpoint import CheckpointError
+from dst_train.engine.manifest import CheckpointError
 from tests.distributed import test_params as params
 from tests.distributed.ranks import run_ranks
 

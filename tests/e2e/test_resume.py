@@ -21,7 +21,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dst_train.data import write_sequences
-from dst_train.engine import checkpoint, load_model
+from dst_train.engine import load_model
+from dst_train.engine import manifest as manifests
 from dst_train.monitor import RunDirectory
 from tests.e2e.conftest import count_right
 
@@ -293,7 +294,7 @@ def test_what_a_checkpoint_means_cannot_be_changed(write_job: Any, run_job: Any,
     manifest = tmp_path / "runs/small/checkpoints/step-00000003/manifest.json"
     facts = {**json.loads(manifest.read_text()), "topology_digest": 64 * "0"}
     del facts["sha256"]
-    manifest.write_text(json.dumps({**facts, "sha256": checkpoint._digest(facts)}))
+    manifest.write_text(json.dumps({**facts, "sha256": manifests.manifest_digest(facts)}))
     another = run_job(write_job(), "--stop-at", "4")
     assert another.returncode == 2
     assert (

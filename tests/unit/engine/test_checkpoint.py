@@ -13,7 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from dst_train.engine import checkpoint, load_model
-from dst_train.engine.checkpoint import CheckpointError, Checkpoints
+from dst_train.engine import manifest as manifests
+from dst_train.engine.checkpoint import Checkpoints
+from dst_train.engine.manifest import CheckpointError
 
 
 class CrashError(Exception):
@@ -65,7 +67,7 @@ def _crash_at(call: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 raise CrashError
             return original(*args)
 
-        monkeypatch.setattr(checkpoint.os, name, crashing)
+        monkeypatch.setattr(manifests.os, name, crashing)
     return calls
 
 
@@ -158,9 +160,9 @@ def test_another_format_is_refused(tmp_path: Path, line: str, number: int) -> No
     checkpoints = Checkpoints(tmp_path, keep=2)
     _save(checkpoints, 1)
     manifest = tmp_path / "step-00000001/manifest.json"
-    manifest.write_text(manifest.read_text().replace(f'"format": {checkpoint.FORMAT},', line))
+    manifest.write_text(manifest.read_text().replace(f'"format": {manifests.FORMAT},', line))
     message = (
-        f"step-00000001 has format {number} and this version of dst-train reads format {checkpoint.FORMAT}; continue"
+        f"step-00000001 has format {number} and this version of dst-train reads format {manifests.FORMAT}; continue"
     )
     with pytest.raises(CheckpointError, match=message):
         checkpoints.newest()
@@ -188,7 +190,7 @@ def test_loading_errors(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     engine: Any = FakeEngine()
     with pytest.raises(CheckpointError, match=r"DeepSpeed could not load .* on rank 0"):
-        checkpoints.load(engine, checkpoint.Found("step-00000007", 7, 1, {}, "0", checkpoint.FORMAT))
+        checkpoints.load(engine, manifests.Found("step-00000007", 7, 1, {}, "0", manifests.FORMAT))
 
 
 def test_a_run_without_a_checkpoint_has_no_model(tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_a_run_without_a_checkpoint_has_no_model(tmp_path: Path) -> None:
 
 
 def test_a_job_of_another_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = checkpoint.Found("step-00000007", 7, 1, {"nmae": "old"}, "0", checkpoint.FORMAT)
+    found = manifests.Found("step-00000007", 7, 1, {"nmae": "old"}, "0", manifests.FORMAT)
     monkeypatch.setattr("dst_train.engine.load.search", lambda root: (found, []))
     with pytest.raises(CheckpointError, match=r"(?s)step-00000007 has a job of another version of dst-train: .*nmae"):
         load_model(tmp_path)
@@ -237,8 +239,8 @@ def test_one_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch: pyt
             raise PermissionError("not yours")
         return sha256(path)
 
-    sha256 = checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", read)
+    sha256 = manifests._sha256
+    monkeypatch.setattr(manifests, "_sha256", read)
     found, notes = checkpoints.newest()
     assert found is not None
     assert found.step == 1

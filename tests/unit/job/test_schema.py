@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dst_train.job import BatchPlan, Job, JobError, load, schema_json
+from dst_train.job import BatchPlan, Job, JobError, load, reference_markdown, schema_json
 from dst_train.job.schema import Data, Split
 from dst_train.job.validate import _models
 
@@ -108,6 +108,10 @@ def test_keys_are_frozen() -> None:
 
 def test_committed_schema_is_in_sync() -> None:
     assert (JOBS / "schema.json").read_text() == schema_json(), "run: dst-train schema > jobs/schema.json"
+    page = (JOBS.parent / "docs" / "job.md").read_text()
+    assert page == reference_markdown(), "run: dst-train schema --markdown > docs/job.md"
+    missing = [key for key in KEYS if f"| `{key.replace('rules.', 'rules.0.')}` |" not in page]
+    assert missing == []
 
 
 def _files() -> list[Path]:

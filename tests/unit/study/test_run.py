@@ -174,7 +174,7 @@ def test_one_study_at_a_time_and_none_beside_a_worker_of_a_killed_one(write: Wri
 
 def test_the_plot_needs_matplotlib(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(JobError, match=r"pip install 'dst-train\[study\]'"):
+    with pytest.raises(JobError, match=r"pip install matplotlib"):
         run_study(write())
 
 

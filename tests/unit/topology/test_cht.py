@@ -23,11 +23,14 @@ def test_two_paths_by_hand() -> None:
     assert scores[2, 0] == 1.5
     # b to 3: b-1-c-3. c: links 1, 3: none outside. Column 1: links b, c: none.
     assert scores[1, 3] == 2.0
+    # Each node on such a path has one link to another of them, besides those to the ends: twice the score.
+    assert torch.equal(cht.scores(mask, internal=True)[~mask], 2 * scores[~mask])
 
 
-def test_equals_an_enumeration_of_paths() -> None:
+@pytest.mark.parametrize("internal", [False, True])
+def test_equals_an_enumeration_of_paths(internal: bool) -> None:
     mask = torch.rand(9, 12, generator=torch.Generator().manual_seed(0)) < 0.3
-    scores = cht.scores(mask)
+    scores = cht.scores(mask, internal=internal)
     rows, columns = mask.shape
     neighbours = {("r", r): {("c", c) for c in range(columns) if mask[r, c]} for r in range(rows)}
     neighbours |= {("c", c): {("r", r) for r in range(rows) if mask[r, c]} for c in range(columns)}
@@ -38,7 +41,10 @@ def test_equals_an_enumeration_of_paths() -> None:
             start, end = ("r", r), ("c", c)
             paths = [(y, z) for y in neighbours[start] for z in neighbours[y] if end in neighbours[z]]
             inside = {start, end} | {node for path in paths for node in path}
-            expected = sum(1 / (1 + len(neighbours[node] - inside)) for node in inside - {start, end})
+            expected = 0.0
+            for node in inside - {start, end}:
+                links = len(neighbours[node] & (inside - {start, end})) if internal else 0
+                expected += (1 + links) / (1 + len(neighbours[node] - inside))
             # Each term is rounded to a multiple of 2^-32.
             assert float(scores[r, c]) == pytest.approx(expected, abs=21 * 2**-33)
 
@@ -61,7 +67,7 @@ def test_drops_by_value_and_grows_by_the_scores_of_what_is_left(method: str) -> 
     assert change.dropped == tuple(sorted(order[: len(change.dropped)].tolist()))
     left = before.clone()
     left[list(change.dropped)] = False
-    wish = cht.scores(left.view(9, 12)).flatten()
+    wish = cht.scores(left.view(9, 12), internal=method == "chts").flatten()
     if method == "chts":
         wish = policy.sampled(wish, (5, 0, 0, 1))
     order = wish.masked_fill(before, -1.0).sort(descending=True, stable=True).indices

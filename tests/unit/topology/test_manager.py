@@ -525,3 +525,35 @@ def test_the_last_step_is_a_share_of_all_whatever_floats_make_of_it() -> None:
     assert Settings(total_steps=100, until=0.29).last_step == 29
     assert Settings(total_steps=100, until=0.57).last_step == 57
     assert Settings(total_steps=3, until=0.5).last_step == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "settings", "grown"),
+    [
+        ("rigl", {"band": 32}, {}, False),  # 1 of 2 units: 0.3 of one rounds to none
+        ("rigl", {"band": 8}, {}, True),  # 4 of 8: one
+        ("dynadiag", {"band": 16}, {}, False),  # 2 of 4, and 4 at first, of which 0.1 rounds to none
+        ("dynadiag", {"band": 16}, {"drop_fraction": 0.3}, True),
+        ("rigl", {"pattern": "n_m", "size": 4}, {}, True),  # 2 of 4 in each group
+        ("rigl", {"pattern": "n_m", "size": 2}, {}, False),
+    ],
+)
+def test_layers_in_which_nothing_will_grow_are_named(
+    method: str, rule: dict[str, Any], settings: dict[str, Any], grown: bool
+) -> None:
+    gated = {"explore": 2.0, "gate": "straight_through"} if method == "dynadiag" else {}
+    model = nn.Sequential(nn.Linear(64, 64))
+    sparsify(model, [{"match": "0", "sparsity": 0.5, **rule}], **gated)
+    topology = Topology(model, method=method, every=1, total_steps=20, **settings)
+    named = f"nothing grows in 1 of 1 layers, whose units are too few for drop_fraction {topology.settings.first_drop_fraction:g} "
+    assert (topology.warning is None) == grown
+    assert (named in str(topology)) != grown
+    optimizer = torch.optim.AdamW(model.parameters())
+    topology.bind(optimizer)
+    count = 0
+    for _ in range(20):
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+        update = topology.step()
+        count += 0 if update is None else len(update.layers[0].grown)
+    assert (count > 0) == grown
