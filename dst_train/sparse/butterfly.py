@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dst_train.sparse.layer import check_sparsity
+
 # The paper gives a quarter to a third of a layer's weights to the low-rank part.
 LOW_RANK_SHARE = 0.25
 
@@ -56,8 +58,7 @@ class ButterflyLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
+        check_sparsity(sparsity)
         shorter, longer = sorted((in_features, out_features))
         blocks = shorter // size if size >= 1 and shorter % size == 0 else 0
         if blocks < 2 or blocks & (blocks - 1) or longer % blocks:

@@ -137,6 +137,12 @@ def generator_of(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def check_sparsity(sparsity: float) -> None:
+    """Raises ValueError for what is no share of absent weights."""
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
+
+
 def count_active(density: float, units_per_group: int) -> int:
     """Active units of a group: the nearest to the density, at least one."""
     return min(units_per_group, max(1, round(density * units_per_group)))

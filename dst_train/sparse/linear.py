@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dst_ops
-from dst_train.sparse.layer import Reduce, SparseLayer, count_active
+from dst_train.sparse.layer import Reduce, SparseLayer, check_sparsity, count_active
 from dst_train.sparse.low_rank import LowRank
 
 GATES = ("straight_through", "soft")
@@ -69,8 +69,7 @@ class DiagonalLinear(SparseLayer):
         candidates = max(in_features, out_features)
         if min(in_features, out_features) < 1:
             raise ValueError(f"in_features={in_features}, out_features={out_features}: both must be at least 1")
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
+        check_sparsity(sparsity)
         if band < 1 or candidates % band:
             raise ValueError(f"band={band}: must divide max(in_features, out_features)={candidates}")
         if not explore >= 1.0:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dst_train.sparse.layer import Reduce, SparseLayer, count_active
+from dst_train.sparse.layer import Reduce, SparseLayer, check_sparsity, count_active
 
 PATTERNS = ("unstructured", "constant_fan_in", "n_m", "block", "shuffled_block", "tile_wise")
 
@@ -60,8 +60,7 @@ class MaskedLinear(SparseLayer):
         super().__init__()
         if pattern not in PATTERNS:
             raise ValueError(f"pattern={pattern!r}: choose one of {', '.join(PATTERNS)}")
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
+        check_sparsity(sparsity)
         if not explore >= 1.0:
             raise ValueError(f"explore={explore}: must be at least 1")
         for key, features, unless in (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dst_train.sparse.layer import count_active
+from dst_train.sparse.layer import check_sparsity, count_active
 
 
 class SdgpLinear(nn.Linear):
@@ -45,8 +45,7 @@ class SdgpLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
+        check_sparsity(sparsity)
         if size < 1 or out_features % size:
             raise ValueError(f"size={size}: must divide out_features={out_features}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dst_train.sparse.layer import count_active
+from dst_train.sparse.layer import check_sparsity, count_active
 
 
 class SrSteLinear(nn.Linear):
@@ -49,8 +49,7 @@ class SrSteLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"sparsity={sparsity}: must be in [0, 1)")
+        check_sparsity(sparsity)
         if size < 1 or in_features % size:
             raise ValueError(f"size={size}: must divide in_features={in_features}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
