@@ -41,6 +41,7 @@ def execute(
     Raises:
         JobError: a run has more ranks than there are GPUs.
     """
+    # In the order of their ranks: what is idle is of use to the next run, or to none.
     pending = deque(sorted(runs, key=lambda run: run.ranks))
     gpus = visible_gpus()
     for run in runs:
@@ -48,23 +49,24 @@ def execute(
             raise JobError(f"{run.name} is to run on {run.ranks} ranks, and this machine has {len(gpus)} GPUs")
     busy: dict[Group, Run] = {}
     idle: list[Group] = []
+
+    def group_for(ranks: int) -> Group | None:
+        """One that is idle, or a new one; None until enough GPUs are free."""
+        found = next((group for group in idle if group.ranks == ranks), None)
+        if found is not None:
+            idle.remove(found)
+            return found
+        stop_groups(idle, GRACE_SECONDS)
+        idle.clear()
+        taken = {gpu for group in busy for gpu in group.gpus}
+        free = [gpu for gpu in gpus if gpu not in taken]
+        if gpus and len(free) < ranks:
+            return None
+        return Group(ranks, max(1, cores() // (parallel * ranks)), lock, command, free[:ranks])
+
     try:
         while (pending or busy) and not received:
-            while pending and len(busy) < parallel:
-                ranks = pending[0].ranks
-                group = next((g for g in idle if g.ranks == ranks), None)
-                if group is not None:
-                    idle.remove(group)
-                else:
-                    # Runs come in the order of their ranks: no other one has use for what is idle.
-                    stop_groups(idle, GRACE_SECONDS)
-                    idle.clear()
-                    taken = {gpu for g in busy for gpu in g.gpus}
-                    free = [gpu for gpu in gpus if gpu not in taken]
-                    if gpus and len(free) < ranks:
-                        break
-                    threads = max(1, cores() // (parallel * ranks))
-                    group = Group(ranks, threads, lock, command, free[:ranks])
+            while pending and len(busy) < parallel and (group := group_for(pending[0].ranks)) is not None:
                 busy[group] = pending[0]
                 group.start(pending.popleft())
             ready = wait([pipe for group in busy for pipe in group.awaited], WAIT_SECONDS)
