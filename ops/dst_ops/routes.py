@@ -91,6 +91,7 @@ GRADIENT_BYTES = {8: 114720, 16: 114720, 32: 114720, 64: 73760}
 # few_warps * FewLayout<T, 1, true>::warp, by sizeof(T); band_quads<W>.
 ONE_TOKEN_RING_BYTES = {2: 57344, 4: 90112}
 BAND_QUADS = {8: 5, 16: 8, 32: 12, 64: 20}
+SPARE_BYTES = 2**28  # that packed weights may take beside what the dense one would
 
 
 def _lacks(kernel: str, call: Call, shared_memory: int) -> bool:
@@ -104,8 +105,8 @@ def _lacks(kernel: str, call: Call, shared_memory: int) -> bool:
         if call.width == 1:
             return True
         # The weights are packed for all tiles of outputs, also those that a band does not meet: of many more outputs than inputs they
-        # would be larger than the dense weight.
-        if call.op == "product" and _packed_bytes(call) > 2 * call.inputs * call.outputs:
+        # may take gigabytes where the dense weight would not.
+        if call.op == "product" and _packed_bytes(call) > 2 * call.inputs * call.outputs + SPARE_BYTES:
             return True
         return (STREAM_BYTES if call.op == "product" else GRADIENT_BYTES)[call.width] > shared_memory
     return False

@@ -115,9 +115,11 @@ def test_tf32_makes_dense_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"inputs": 22015, "outputs": 4096, "tokens": 1}, CONSUMER, ["scalar", "dense"]),
         ({"inputs": 22016, "outputs": 4096, "tokens": 1}, CONSUMER, ["dense"]),
         ({"inputs": 14336, "outputs": 4096, "tokens": 1, "op": "gradient"}, H100, ["dense"]),
-        # Packed weights of many more outputs than inputs would be larger than the dense weight.
+        # Packed weights of many more outputs than inputs would be much larger than the dense weight.
         ({"inputs": 4096, "outputs": 128256, "diagonals": 6400, "band": 64}, H100, ["scalar", "dense"]),
-        ({"inputs": 768, "outputs": 3072, "diagonals": 320, "band": 64}, H100, ["scalar", "band", "dense"]),
+        ({"inputs": 768, "outputs": 50304, "diagonals": 5024, "band": 32}, H100, ["scalar", "dense"]),
+        ({"inputs": 768, "outputs": 3072, "diagonals": 1216, "band": 64}, H100, ["scalar", "band", "dense"]),
+        ({"inputs": 4096, "outputs": 16384, "diagonals": 3264, "band": 32}, H100, ["scalar", "band", "dense"]),
     ],
 )
 def test_what_is_possible(changes: dict[str, object], shared_memory: int, kernels: list[str]) -> None:
