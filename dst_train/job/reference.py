@@ -12,7 +12,7 @@ from dst_train.job.schema import Job
 HEAD = """# Keys of a job
 
 Written by `dst-train schema --markdown`. A key without a default is required. **R**: may be changed when a run is resumed; a run with
-another value of any other key is refused, and starts anew under another `name`. Keys are strict: unknown ones are refused by name.
+another value of any other key is refused, and starts anew under another `name`; stages 1 to 3 of ZeRO may follow one another. Keys are strict: unknown ones are refused by name.
 """
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
