@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,8 +23,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only the owner reads
-        os.chmod(name, 0o644)
+        with suppress(PermissionError):  # of a file system without modes
+            os.chmod(name, 0o644)  # mkstemp makes files that only the owner reads
         os.replace(name, path)
     except BaseException:
         os.unlink(name)

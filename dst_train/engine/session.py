@@ -85,11 +85,13 @@ def extend_collective_timeouts(minutes: float) -> None:
 def shutdown_distributed(*, together: bool = True) -> None:
     """The last thing a process does: left to the interpreter's end, gloo's threads may abort it.
 
-    together: wait for the other ranks, which may have something left to do.
+    together: wait for the other ranks, which may have something left to do. Without them groups of NCCL are left as they are: to end
+    one may wait for the others to do so.
     """
     if together:
         dist.barrier()
-    dist.destroy_process_group()
+    if together or dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def close_session(session: Session) -> None:

@@ -113,7 +113,7 @@ class MaskedLinear(SparseLayer):
         return torch.cat([dropped, grown])
 
     def slot_of(self, element: Tensor) -> Tensor:
-        if self.unit_entries == 1:
+        if self.unit_entries == 1 and self.rows is None:
             return element
         row, column = element.div(self.in_features, rounding_mode="floor"), element % self.in_features
         if self.rows is not None and self.columns is not None:

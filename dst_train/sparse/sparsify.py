@@ -27,7 +27,7 @@ from dst_train.sparse.sr_ste import SrSteLinear
 class RuleError(ValueError):
     """A rule that cannot be followed. `number`: its place in the list, from 0."""
 
-    def __init__(self, message: str, number: int) -> None:
+    def __init__(self, message: str, number: int = 0) -> None:  # a default: exceptions are pickled by their message
         super().__init__(message)
         self.number = number
 

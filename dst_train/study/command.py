@@ -31,7 +31,7 @@ def run_study(
         only_table: write the outputs from what is there, and run nothing.
         command: of a worker.
 
-    Returns the exit code: 0, 1 when a run failed, 130 after Ctrl-C, SIGTERM or SIGUSR1.
+    Returns the exit code: 0, 1 when a run failed, 130 after Ctrl-C or, once runs have started, SIGTERM or SIGUSR1.
 
     Raises:
         JobError: the study cannot be run as written, or holds results of other jobs.

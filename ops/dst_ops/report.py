@@ -44,7 +44,7 @@ def backend_report(calls: Iterable[Call] = ()) -> BackendReport:
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         served, why = _library("cuda", lambda: "a kernel is chosen for each call")
-        if not cuda.serves(device):
+        if torch.cuda.get_device_capability(device) < cuda.OLDEST:
             served, why = "reference", "the GPU is older than an A100"
         entries.append(BackendEntry("cuda", CUDA_DTYPES, served, why))
         entries.append(BackendEntry("cuda", "float64", "reference", "the dense weight is formed for each call"))

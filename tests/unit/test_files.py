@@ -30,3 +30,12 @@ def test_what_fails_in_the_block_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_modes_is_borne(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: str, mode: int) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr("os.chmod", refused)
+    write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"

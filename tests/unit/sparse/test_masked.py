@@ -36,6 +36,8 @@ def test_masks_have_the_form_of_their_pattern() -> None:
         ("n_m", 4, 96, 24, 1),
         ("block", 2, 24, 1, 4),
         ("tile_wise", 3, 32, 1, 3),
+        ("shuffled_block", 1, 96, 1, 1),
+        ("shuffled_block", 2, 24, 1, 4),
     ],
 )
 def test_units_partition_the_weight(pattern: str, size: int, units: int, groups: int, entries: int) -> None:
@@ -50,7 +52,9 @@ def test_units_partition_the_weight(pattern: str, size: int, units: int, groups:
         assert torch.equal(slots // (units // groups), torch.arange(96) // (96 // groups))
 
 
-@pytest.mark.parametrize(("pattern", "size"), [("unstructured", 1), ("n_m", 4), ("block", 2), ("tile_wise", 3)])
+@pytest.mark.parametrize(
+    ("pattern", "size"), [("unstructured", 1), ("n_m", 4), ("block", 2), ("tile_wise", 3), ("shuffled_block", 1)]
+)
 def test_replace_moves_whole_units(pattern: str, size: int) -> None:
     layer = _layer(pattern, size=size)
     before = layer.units()

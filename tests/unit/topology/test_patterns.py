@@ -17,6 +17,7 @@ PATTERNS = [
     ("n_m", 4),
     ("block", 4),
     ("shuffled_block", 4),
+    ("shuffled_block", 1),
     ("tile_wise", 4),
 ]
 
