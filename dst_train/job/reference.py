@@ -12,7 +12,8 @@ from dst_train.job.schema import Job
 HEAD = """# Keys of a job
 
 Written by `dst-train schema --markdown`. A key without a default is required. **R**: may be changed when a run is resumed; a run with
-another value of any other key is refused, and starts anew under another `name`; stages 1 to 3 of ZeRO may follow one another. Keys are strict: unknown ones are refused by name.
+another value of any other key is refused, and starts anew under another `name`; stages 1 to 3 of ZeRO may follow one another. Keys are strict:
+unknown ones are refused by name.
 """
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -50,7 +51,8 @@ def _rows(model: Schema, models: dict[str, Schema], path: str) -> Iterator[str]:
             about = field.get("description") or inner.get("description", "")
             if several or may_be_null or about:
                 values = "list, an item as follows" if several else "mapping or null" if may_be_null else "mapping"
-                yield f"| `{key}` | {values} | | {_line(about)} | {_mark(key)} |"
+                default = "`null`" if may_be_null else "as below" if "default" in field else ""
+                yield f"| `{key}` | {values} | {default} | {_line(about)} | {_mark(key)} |"
             yield from _rows(inner, models, f"{key}.0" if several else key)
 
 
