@@ -16,7 +16,7 @@ from dst_train.files import write_text
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
-FORMAT = 4  # of what is saved beside DeepSpeed's own; another number after every change of it
+FORMAT = 5  # of what is saved beside DeepSpeed's own, and of the optimiser's groups; another number after every change of them
 
 
 class CheckpointError(RuntimeError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,15 +17,20 @@ LR_SCALE = "lr_scale"
 
 
 def build_optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD in up to three groups: matrices decay, vectors (biases, norms, scales) do not, nor does the learned
-    importance of units, which has a learning rate of its own."""
+    """AdamW or SGD in up to three groups: matrices decay; vectors (biases, norms, scales) do not, nor what the model's own
+    `no_weight_decay()` names (timm: position embeddings, class tokens), nor the learned importance of units, which has a
+    learning rate of its own."""
     importance = [layer.alpha for layer in sparse_layers(model).values() if layer.alpha is not None]
     known = {id(parameter) for parameter in importance}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    others = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in known}
+    names: Callable[[], Iterable[str]] = getattr(model, "no_weight_decay", tuple)
+    excluded = set(names())
+    decayed = [p for name, p in others.items() if p.dim() >= 2 and name not in excluded]
+    plain = [p for name, p in others.items() if p.dim() < 2 or name in excluded]
     spec = job.optimizer
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": spec.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
         {"params": importance, "weight_decay": 0.0, LR_SCALE: job.topology.alpha_lr},
     ]
     groups = [group for group in groups if group["params"]]

@@ -232,7 +232,8 @@ class Optimizer(Strict):
     lr: Annotated[float, Field(gt=0.0)]
     """Learning rate after the warm-up, at its largest."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Applied to parameters of two dimensions and more, position embeddings among them; biases, norms and other vectors are not decayed."""
+    """Applied to parameters of two dimensions and more, but for those that timm's `no_weight_decay()` names (position embeddings and
+    class tokens of a ViT); biases, norms and other vectors are not decayed."""
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), strict=False)
     """For adamw."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8

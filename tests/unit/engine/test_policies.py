@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -54,6 +55,14 @@ def test_vectors_are_not_decayed() -> None:
     sgd = build_optimizer(_job(optimizer={"name": "sgd", "lr": 0.1, "momentum": 0.7}), model)
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.param_groups[0]["momentum"] == 0.7
+
+
+def test_what_the_model_excludes_is_not_decayed() -> None:
+    model = timm.create_model("test_vit", num_classes=2)
+    decayed, plain = build_optimizer(_job(), model).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {"pos_embed", "cls_token"} <= {names[id(p)] for p in plain["params"]}
+    assert {names[id(p)].rsplit(".")[-1] for p in decayed["params"]} == {"weight"}
 
 
 def test_job_differences() -> None:
