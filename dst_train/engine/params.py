@@ -72,7 +72,7 @@ class DeepSpeedEditor:
         if piece is None:
             return torch.zeros(3, num_slots, dtype=torch.float64, device=parameter.device)
         sums = slot_sums(piece.master, piece.state, piece.start, slot_of, num_slots)
-        return sums / self._world_size if self._stage == 0 else sums
+        return sums.div_(self._world_size) if self._stage == 0 else sums
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, elements: Tensor, value: float | Tensor, second_moment: float) -> None:

@@ -70,7 +70,15 @@ class SparseLayer(nn.Module, ABC):
 
     @abstractmethod
     def units(self) -> Tensor:
-        """int64 [slots] on the CPU: the unit in each slot, -1 in a free one."""
+        """int64 [slots]: the unit in each slot, -1 in a free one.
+
+        On the device on which an update is to choose: the CPU where units are few, that of the layer where they are many.
+        """
+
+    @property
+    @abstractmethod
+    def layout(self) -> Tensor:
+        """The buffer that says which units are active: what all ranks must have alike."""
 
     @abstractmethod
     def replace(self, dropped: Tensor, grown: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ class SparseLayer(nn.Module, ABC):
 
     @abstractmethod
     def elements(self, slots: Tensor) -> Tensor:
-        """int64: the flat elements of `stored` that belong to slots, on the CPU."""
+        """int64: the flat elements of `stored` that belong to slots, on the device of `units`."""
 
     @abstractmethod
     def unit_scores(self, x: Tensor, dy: Tensor, reduce: Reduce | None) -> Tensor:

@@ -105,6 +105,10 @@ class DiagonalLinear(SparseLayer):
     def stored(self) -> nn.Parameter:
         return self.values
 
+    @property
+    def layout(self) -> Tensor:
+        return self.offsets
+
     def units(self) -> Tensor:
         return self.offsets.detach().cpu().long()
 

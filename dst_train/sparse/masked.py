@@ -96,10 +96,14 @@ class MaskedLinear(SparseLayer):
     def stored(self) -> nn.Parameter:
         return self.weight
 
+    @property
+    def layout(self) -> Tensor:
+        return self.mask
+
     def units(self) -> Tensor:
         """Slot u holds unit u, or none."""
-        active = self._cut(self.mask)[:, 0, :, 0].flatten().cpu()
-        return torch.arange(self.num_units, device="cpu").masked_fill_(~active, -1)
+        active = self._cut(self.mask)[:, 0, :, 0].flatten()
+        return torch.arange(self.num_units, device=active.device).masked_fill_(~active, -1)
 
     @property
     def num_active(self) -> int:
@@ -122,7 +126,9 @@ class MaskedLinear(SparseLayer):
         return row * (self.in_features // self._width) + column
 
     def elements(self, slots: Tensor) -> Tensor:
-        wanted = torch.zeros(self.num_units, dtype=torch.bool, device="cpu")
+        if self.unit_entries == 1 and self.rows is None:
+            return slots
+        wanted = torch.zeros(self.num_units, dtype=torch.bool, device=slots.device)
         wanted[slots] = True
         return torch.nonzero(self._spread(wanted).flatten()).flatten()
 

@@ -62,7 +62,7 @@ class TorchEditor:
 
     def sums(self, parameter: nn.Parameter, slot_of: SlotOf, num_slots: int) -> Tensor:
         state = element_state(self._optimizer.state.get(parameter, {}), parameter.numel())
-        return slot_sums(parameter.detach(), state, 0, slot_of, num_slots) / self._world_size
+        return slot_sums(parameter.detach(), state, 0, slot_of, num_slots).div_(self._world_size)
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, elements: Tensor, value: float | Tensor, second_moment: float) -> None:

@@ -83,7 +83,7 @@ class GrowthSignal:
                 )
         # The reduced scores are equal on all ranks up to the order of atomic adds on a GPU; the share makes them equal.
         share = self._ranks.world_size if self._exact else 1
-        scores = {name: self._scores[name].double() / share for name in self._layers}
+        scores = {name: self._scores[name].double().div_(share) for name in self._layers}
         gains = {name: gains.double() / share for name, gains in self._gains.items()}
         self.stop()
         return Measured(scores, gains)

@@ -20,7 +20,7 @@ from dst_train.topology.ranks import Ranks
 from dst_train.topology.settings import Settings
 from dst_train.topology.update import TopologyUpdate, describe, gather, update_layer
 
-# Scores are compared on the host, also where the default device is another.
+# Where an update makes tensors, also where the default device is another, but for what is as large as a layer's units: see `units`.
 HOST = torch.device("cpu")
 
 
@@ -136,12 +136,11 @@ class Topology:
             for key, parameter in (("weight", layer.stored), ("alpha", layer.alpha)):
                 if parameter is not None:
                     self._editor.check(f"{name} ({key})", parameter)
-        held = self._held()
         self._require_equal("at the start")
         with HOST:
-            self._history = {
-                name: telemetry.History(units[units >= 0], self.layers[name].num_units) for name, units in held.items()
-            }
+            for name, layer in self.layers.items():
+                units = layer.units()
+                self._history[name] = telemetry.History(units[units >= 0], layer.num_units)
             self._prepare()
         return self
 
@@ -197,10 +196,10 @@ class Topology:
             self._prepare()
 
     def digest(self) -> str:
-        """sha256 over the units of all layers, by slot, and the orders of their inputs."""
+        """sha256 over the layouts of all layers, and the orders of their inputs."""
         total = hashlib.sha256()
-        for name, tensor in {**self._held(), **self._orders()}.items():
-            total.update(name.encode() + tensor.numpy().tobytes())
+        for name, tensor in self._layouts().items():
+            total.update(name.encode() + tensor.cpu().numpy().tobytes())
         return total.hexdigest()
 
     def _require_bound(self, method: str) -> None:
@@ -229,7 +228,7 @@ class Topology:
             )
 
     def _require_equal(self, moment: str) -> None:
-        self._ranks.require_equal({**self._held(), **self._orders()}, moment)
+        self._ranks.require_equal(self._layouts(), moment)
 
     def _check_layers(self) -> None:
         if self._ordered and self._method is None:
@@ -275,13 +274,10 @@ class Topology:
             self._signal.start({name: chosen.positions for name, chosen in self._movable.items()})
         self.set_temperature(coming)
 
-    def _held(self) -> dict[str, Tensor]:
-        return {name: layer.units() for name, layer in self.layers.items()}
-
-    def _orders(self) -> dict[str, Tensor]:
-        return {
-            f"{name} (order)": layer.order.cpu() for name, layer in self._ordered.items() if layer.order is not None
-        }
+    def _layouts(self) -> dict[str, Tensor]:
+        layouts = {name: layer.layout for name, layer in self.layers.items()}
+        orders = {f"{name} (order)": layer.order for name, layer in self._ordered.items() if layer.order is not None}
+        return {**layouts, **orders}
 
     def _reorder(self, gains: dict[str, Tensor]) -> dict[str, int]:
         """gains: this rank's share. Returns how many inputs of each layer moved."""

@@ -47,7 +47,7 @@ class Ranks:
             torch.cuda.synchronize(tensor.device)
 
     def require_equal(self, tensors: Mapping[str, Tensor], moment: str) -> None:
-        """Compare the digest of each named CPU tensor over the ranks (min = max).
+        """Compare the digest of each named tensor over the ranks (min = max).
 
         Raises:
             TopologyMismatchError: on every rank, naming the entries and the ranks that differ from the majority.
@@ -76,5 +76,5 @@ class Ranks:
 
 
 def _digest(tensor: Tensor) -> int:
-    raw = tensor.contiguous().numpy().tobytes()
+    raw = tensor.cpu().contiguous().numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") >> 2  # 62 bits: its negative fits too

@@ -14,15 +14,17 @@ class History:
     BYTES_PER_UNIT = 9  # of `since` and `tried`
 
     def __init__(self, units: Tensor, num_units: int) -> None:
-        """units: the active ones [slots], taken as grown at step 0."""
+        """units: the active ones, int64 [k], taken as grown at step 0. All of it is kept on the host."""
         self.since = torch.full((num_units,), -1, dtype=torch.int64)  # optimiser step; -1: absent
-        self.since[units.long()] = 0
+        self.since[units.cpu()] = 0
         self.tried = self.since >= 0
 
     def change(self, dropped: Tensor, grown: Tensor, step: int) -> None:
-        self.since[dropped.long()] = -1
-        self.since[grown.long()] = step
-        self.tried[grown.long()] = True
+        """dropped, grown: units, int64."""
+        dropped, grown = dropped.cpu(), grown.cpu()
+        self.since[dropped] = -1
+        self.since[grown] = step
+        self.tried[grown] = True
 
     def mean_age(self, step: int) -> float:
         """Optimiser steps since the active units grew."""

@@ -65,8 +65,8 @@ class TopologyUpdate:
 
 @dataclass(frozen=True)
 class ReducedScores:
-    """Of one layer, float64 on the CPU and equal on all ranks: [slots] mean |value| and second moment, [num_units] gradient;
-    alpha and its second moment [num_units], zeros without a gate."""
+    """Of one layer, float64 on the device of its `units` and equal on all ranks: [slots] mean |value| and second moment,
+    [num_units] gradient; alpha and its second moment [num_units], zeros without a gate."""
 
     value: Tensor
     second_moment: Tensor
@@ -94,22 +94,25 @@ def gather(
         if layer.alpha is not None:
             pieces.append(editor.sums(layer.alpha, lambda element: element, layer.num_units)[[0, 2]].flatten())
     lengths = [piece.numel() for piece in pieces]
-    parts = iter(ranks.sum_(torch.cat(pieces)).cpu().split(lengths))
+    parts = iter(ranks.sum_(torch.cat(pieces)).split(lengths))
     result = {}
     for name, layer in layers.items():
-        values = next(parts).view(2, -1) / layer.unit_entries
-        gradient = next(parts) if name in gradients else values.new_zeros(layer.num_units)
-        alpha = next(parts).view(2, -1) if layer.alpha is not None else values.new_zeros(2, layer.num_units)
+        device = layer.units().device
+        none = torch.zeros((), dtype=torch.float64, device=device).expand(2, layer.num_units)
+        values = next(parts).to(device).view(2, -1).div_(layer.unit_entries)
+        gradient = next(parts).to(device).div_(ranks.world_size) if name in gradients else none[0]
+        alpha = next(parts).to(device).view(2, -1) if layer.alpha is not None else none
         # A sum is finite if all that is in it is, and takes a tenth of the time of asking each.
         if not all(bool(t.sum().isfinite()) for t in (values, gradient, alpha)):
             raise RuntimeError(f"layer {name}: values, second moments or growth signal are not finite at step {step}")
-        result[name] = ReducedScores(values[0], values[1], gradient / ranks.world_size, alpha[0], alpha[1])
+        result[name] = ReducedScores(values[0], values[1], gradient, alpha[0], alpha[1])
     return result
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What happened to one layer. dropped, grown: units, int64, ascending. alpha: [num_units] afterwards."""
+    """What happened to one layer. dropped, grown: units, int64, ascending. alpha: [num_units] afterwards. On the device of
+    the layer's `units`."""
 
     dropped: Tensor
     grown: Tensor
@@ -121,16 +124,17 @@ class LayerResult:
 def update_layer(layer: SparseLayer, scores: ReducedScores, spec: UpdateSpec, editor: ParameterEditor) -> LayerResult:
     """Drops and grows units of one layer. All ranks call it with the same arguments."""
     held = layer.units()
-    filled = held >= 0
-    active = torch.zeros(layer.num_units, dtype=torch.bool)
-    active[held[filled]] = True
-    value = torch.zeros(layer.num_units, dtype=torch.float64)
-    value[held[filled]] = scores.value[filled]
-    alpha = methods.blended(scores.alpha, scores.gradient, active) if spec.method.gated else scores.alpha
-    drop = spec.grow + int(active.sum()) // layer.num_groups - spec.keep
-    shape = (layer.out_features, layer.in_features)
-    units = UnitScores(active, value, scores.gradient, alpha, layer.num_groups, shape, drop, spec)
-    dropped, grown, drop_margin, grow_margin = _choose(units)
+    with held.device:
+        filled = held >= 0
+        active = torch.zeros(layer.num_units, dtype=torch.bool)
+        active[held[filled]] = True
+        value = torch.zeros(layer.num_units, dtype=torch.float64)
+        value[held[filled]] = scores.value[filled]
+        alpha = methods.blended(scores.alpha, scores.gradient, active) if spec.method.gated else scores.alpha
+        drop = spec.grow + int(active.sum()) // layer.num_groups - spec.keep
+        shape = (layer.out_features, layer.in_features)
+        units = UnitScores(active, value, scores.gradient, alpha, layer.num_groups, shape, drop, spec)
+        dropped, grown, drop_margin, grow_margin = _choose(units)
     kept = active.index_fill(0, dropped, False)
     # New units start from the mean of those that stay; with nothing kept there is no better guess than what all had.
     models = kept if bool(kept.any()) else active
@@ -158,7 +162,7 @@ def _choose(units: UnitScores) -> tuple[Tensor, Tensor, float | None, float | No
         return torch.nonzero(active & ~after).flatten(), torch.nonzero(after & ~active).flatten(), None, None
     dropped, drop_margin = policy.lowest(method.drop(units), active, units.drop, units.groups)
     left = replace(units, active=active.index_fill(0, dropped, False))
-    wish = method.grow(left) if method.grow else policy.random_scores(active.numel(), spec.key)
+    wish = method.grow(left) if method.grow else policy.random_scores(active.numel(), spec.key).to(active.device)
     grown, grow_margin = policy.highest(wish, ~active, spec.grow, units.groups)
     return dropped, grown, drop_margin, grow_margin if method.grow else None
 

@@ -1,10 +1,13 @@
-"""A default device that is not the CPU: layers are made on it, and layers and topologies elsewhere do not notice it.
+"""Devices that are not the CPU, without one.
 
-"meta" stands for a GPU: its tensors have no content, so that whatever is made there by mistake cannot be read.
+A default device: layers are made on it, and layers and topologies elsewhere do not notice it. "meta" stands for a GPU: its tensors have no
+content, so that whatever is made there by mistake cannot be read. And a layer's device: updates of masks are computed there.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,6 +51,13 @@ def test_training_on_the_cpu_does_not_depend_on_the_default_device(rule: dict[st
     plain, other = (_trained(rule, method, default) for default in (nullcontext(), torch.device("meta")))
     assert plain.keys() == other.keys()
     assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_masks_are_updated_on_their_device_as_on_the_cpu() -> None:
+    command = [sys.executable, "-m", "tests.unit.topology.second_device"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    verdicts = [line.rsplit("} ")[-1] for line in done.stdout.splitlines()]
+    assert verdicts == ["the same"] * 9, done.stdout + done.stderr
 
 
 def _trained(rule: dict[str, Any], method: str, default: Any) -> dict[str, Tensor]:
