@@ -78,7 +78,7 @@ sanitize: install
 sanitize-emulated:
 	$(SANITIZED) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q -s tests/gpu/test_emulated.py --backend emulated --numprocesses 2
 sanitize-%:
-	$(SANITIZED) DST_OPS_ISA=$* ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -s tests/unit/ops/test_op.py tests/unit/ops/test_scores.py
+	$(SANITIZED) DST_OPS_ISA=$* ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -s tests/unit/ops/test_op.py tests/unit/ops/test_scores.py --numprocesses 2
 
 lint: install
 	$(BIN)/ruff check .

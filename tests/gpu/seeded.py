@@ -2,7 +2,7 @@
 
 Answers each line of its input, a JSON list of what `check` takes and the file to print to, with a line: the exit status. By hand:
 
-    echo '["LIBRARY", ["CHECK"], null, "/dev/stdout"]' | python -m tests.gpu.seeded
+    echo '["LIBRARY", ["CHECK"], 0, null, "/dev/stdout"]' | python -m tests.gpu.seeded
 """
 
 from __future__ import annotations
@@ -139,10 +139,14 @@ CHECKS: dict[str, list[Callable[[], bool]]] = {
 }
 
 
-def check(path: str, names: list[str], symptom: str | None) -> bool:
-    """Prints what fails in which order of threads; whether nothing does. Ends once it prints what contains `symptom`."""
+def check(path: str, names: list[str], bug: int, symptom: str | None) -> bool:
+    """Prints what fails in which order of threads; whether nothing does. Ends once it prints what contains `symptom`.
+
+    bug: the number of the one that is to show, 0 for none.
+    """
     torch.ops.load_library(path)
     library, good = ctypes.CDLL(path), True
+    ctypes.c_int.in_dll(library, "dst_ops_seeded").value = bug
     for order in (0, 1, 2):
         for name in names:
             older = name in ("band_stream", "band_gradient", "band_splits")  # kernels of chips that copy no boxes

