@@ -20,7 +20,7 @@ from dst_train.topology.ranks import Ranks
 from dst_train.topology.settings import Settings
 from dst_train.topology.update import TopologyUpdate, describe, gather, update_layer
 
-# Where an update makes tensors, also where the default device is another, but for what is as large as a layer's units: see `units`.
+# Where an update makes tensors, whatever the default device is; those of a layer's units are made where `SparseLayer.units` are.
 HOST = torch.device("cpu")
 
 
