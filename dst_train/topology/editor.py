@@ -28,7 +28,7 @@ class ParameterEditor(Protocol):
         second moment; the shares of all ranks sum to the whole. slot_of: flat elements, int64 -> their slots."""
 
     def write(self, parameter: nn.Parameter, elements: Tensor, value: float | Tensor, second_moment: float) -> None:
-        """Elements (int64 [e], CPU) get `value` (one for all, or [e]) in every copy, first moments 0, and `second_moment`.
+        """Elements (int64 [e], on any device) get `value` (one for all, or [e]) in every copy, first moments 0, and `second_moment`.
 
         All ranks call it with the same arguments. All other elements stay bit for bit what they are.
         """

@@ -36,7 +36,7 @@ class UpdateSpec:
 
 @dataclass(frozen=True)
 class UnitScores:
-    """What an update knows of a layer's units; tensors [num_units] in float64 on the CPU, equal on all ranks.
+    """What an update knows of a layer's units; tensors [num_units] in float64 on the device of `SparseLayer.units`, equal on all ranks.
 
     active: bool. value: mean |value|, 0 of absent units. gradient: mean |gradient|, 0 where the method does not measure.
     alpha: learned importance, already `blended`; zeros without a gate. groups: see `SparseLayer`. shape: of the weight. drop:

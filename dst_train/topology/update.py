@@ -86,8 +86,11 @@ def gather(
         RuntimeError: a score that is not finite.
     """
     pieces: list[Tensor] = []
+    devices = []
     for name, layer in layers.items():
-        sums = editor.sums(layer.stored, layer.slot_of, layer.units().numel())
+        held = layer.units()
+        devices.append(held.device)
+        sums = editor.sums(layer.stored, layer.slot_of, held.numel())
         pieces.append(sums[1:].flatten())
         if name in gradients:  # of a mask it is as large as the weight: what is not there is not sent as zeros
             pieces.append(gradients[name])
@@ -96,8 +99,7 @@ def gather(
     lengths = [piece.numel() for piece in pieces]
     parts = iter(ranks.sum_(torch.cat(pieces)).split(lengths))
     result = {}
-    for name, layer in layers.items():
-        device = layer.units().device
+    for (name, layer), device in zip(layers.items(), devices, strict=True):
         none = torch.zeros((), dtype=torch.float64, device=device).expand(2, layer.num_units)
         values = next(parts).to(device).view(2, -1).div_(layer.unit_entries)
         gradient = next(parts).to(device).div_(ranks.world_size) if name in gradients else none[0]

@@ -397,7 +397,7 @@ class _Checker:
 
 
 def _compiled(launchers: str, changes: list[Seeded], folder: Path, *options: str) -> Path:
-    """A library of one file of launchers in which change i shows where the switch is i + 1: compiling takes longer than all checks."""
+    """A library of one file of launchers in which change i shows where the switch is i + 1: compiling each takes longer than to check it."""
     paths = (*emulated.SOURCES.glob("*.h"), emulated.SOURCES / f"{launchers}.cu")
     sources = {path.name: path.read_text() for path in paths}
     # Without fp16, which would be half of what is compiled.

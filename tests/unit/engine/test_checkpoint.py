@@ -219,7 +219,7 @@ def test_what_a_checkpoint_says_of_itself_is_verified_too(tmp_path: Path) -> Non
         whole.replace('"step"', '"stop"'),
         "[]",
         "3",
-        '{"format": 5}',
+        f'{{"format": {manifests.FORMAT}}}',
     ):
         assert text != whole
         manifest.write_text(text)

@@ -1,12 +1,11 @@
 """A device that is not the CPU, on the CPU: its ops refuse tensors of two devices. A program of its own, as torch can have one such device.
 
-Trains with masks there and on the CPU, and fails unless the results are the same to the bit.
+Trains with masks there and on the CPU, and prints of each case whether the results are the same to the bit.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import torch
@@ -106,7 +105,6 @@ def main() -> None:
         equal = all(torch.equal(plain[name], other[name]) for name in plain)
         same = [(u.digest, u.layers) for u in expected] == [(u.digest, u.layers) for u in updates]
         print(method, rule, "the same" if equal and same else "differs", flush=True)
-    sys.stdout.flush()
     os._exit(0)  # autograd's thread for the device cannot be joined
 
 
